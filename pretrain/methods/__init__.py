@@ -1,0 +1,1 @@
+"""One pretraining method a file; `pretrain.catalog` lists them."""

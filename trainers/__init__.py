@@ -1,0 +1,1 @@
+"""Learns segmentations with nnU-Net's trainer, and predicts them."""
