@@ -1,0 +1,150 @@
+"""The encoder artefact: `encoder.safetensors` (tensors) and `encoder.json` (what they are), both readable without running code."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from planners.errors import DatasetError, PretrainedMismatch
+from planners.files import read_json, replacing, write_json
+from planners.paths import results
+from pretrain.transfer import distinct
+
+WEIGHTS_NAME = "encoder.safetensors"
+CARD_NAME = "encoder.json"
+
+
+@dataclass(frozen=True)
+class EncoderCard:
+    """What an encoder is and how it came about. JSON types only; no paths."""
+
+    method: str
+    """Name of the pretraining method, as `autoseg methods` lists it."""
+    version: str
+    """Version of autoseg that wrote it."""
+    dataset: str
+    """Home dataset, Dataset017_BTCV."""
+    plan_name: str
+    plan_hash: str
+    """`planners.plans.plan_hash` of the plan and configuration."""
+    configuration: str
+    architecture: dict[str, Any]
+    """The plan's `architecture` entry."""
+    scope: Literal["encoder", "encoder+decoder"]
+    """`encoder`: names are relative to the encoder; `encoder+decoder`: to the whole network."""
+    spacing: list[float]
+    """Target spacing in mm, (z, y, x) after the plan's transpose, or (y, x)."""
+    patch_size: list[int]
+    """Voxels, in the same order."""
+    DA: int | None
+    """Degree of anisotropy of the configuration; None in 2d."""
+    channels: list[str]
+    """Channel names."""
+    intensity: list[Any]
+    """Intensity scheme of each channel."""
+    steps_done: int
+    steps_asked: int
+    metrics: dict[str, dict[str, float | None]]
+    """Held-out metrics: name to {"value", "chance"}."""
+    cases: list[str]
+    """Cases whose voxels were used, as `dataset/case`."""
+    held_out: list[str]
+    """Cases used for the held-out metrics only."""
+    excluded_fold: int | None
+    """Fold whose validation cases were left out."""
+    licence: str
+    citation: str
+
+    @classmethod
+    def from_json(cls, content: Any) -> EncoderCard:
+        """Check every field; DatasetError lists all that are missing or of the wrong type."""
+        try:
+            return TypeAdapter(cls).validate_python(content)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc'])) or 'content'}: {e['msg']}" for e in error.errors()]
+            raise DatasetError(
+                "The description of the encoder is not complete",
+                found="; ".join(problems),
+                remedy="pretrain again, or take a complete copy of the encoder's folder",
+            ) from error
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @property
+    def finished(self) -> bool:
+        return self.steps_done >= self.steps_asked
+
+
+def save_encoder(folder: Path, module: nn.Module, card: EncoderCard) -> None:
+    """Write both files, the description last: a folder with an `encoder.json` is complete.
+
+    Tensors registered under several names are written once, under the shortest.
+    """
+    state = module.state_dict()
+    tensors = {names[0]: state[names[0]].detach().cpu().contiguous() for names in distinct(state.items())}
+    (Path(folder) / CARD_NAME).unlink(missing_ok=True)
+    with replacing(Path(folder) / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary)
+    write_json(Path(folder) / CARD_NAME, card.to_json())
+
+
+def load_encoder(folder_or_file: Path) -> tuple[dict[str, Tensor], EncoderCard]:
+    """Tensors and description of an encoder, from its folder or its `encoder.safetensors`.
+
+    Raises DatasetError when a file is missing or broken, PretrainedMismatch when the weights are not finite.
+    """
+    path = Path(folder_or_file)
+    folder = path.parent if path.suffix == ".safetensors" else path
+    weights = path if path.suffix == ".safetensors" else folder / WEIGHTS_NAME
+    missing = [str(file) for file in (weights, folder / CARD_NAME) if not file.is_file()]
+    if missing:
+        raise DatasetError(
+            "Not an encoder",
+            where=path,
+            found=f"no {', no '.join(missing)}",
+            expected=f"{WEIGHTS_NAME} and {CARD_NAME}",
+            remedy="make one with `autoseg pretrain`; one that was interrupted is finished by the same command",
+        )
+    card = EncoderCard.from_json(read_json(folder / CARD_NAME))
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise DatasetError(
+            "Not readable as safetensors", where=weights, found=error, remedy="pretrain again"
+        ) from error
+    broken = [
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if broken:
+        raise PretrainedMismatch(
+            "The pretrained weights hold values that are not finite",
+            where=weights,
+            found=", ".join(broken[:5]),
+            remedy="pretrain again with a lower learning rate",
+        )
+    return tensors, card
+
+
+def encoder_folder(dataset_name: str, plan_name: str, configuration: str, method: str, run: str | None = None) -> Path:
+    """`<results>/<dataset>/pretrained/<plan>__<configuration>/<method>[-<run>]`."""
+    return (
+        results(dataset_name) / "pretrained" / f"{plan_name}__{configuration}" / (f"{method}-{run}" if run else method)
+    )
+
+
+def find_encoders(
+    dataset_name: str, name: str, plan_name: str | None = None, configuration: str | None = None
+) -> list[Path]:
+    """Folders of the encoders called `name` (`voco`, `voco-long`) of a dataset, over all plans and configurations
+    unless one is given."""
+    pattern = f"{plan_name or '*'}__{configuration or '*'}/{name}/{CARD_NAME}"
+    return sorted(path.parent for path in (results(dataset_name) / "pretrained").glob(pattern))

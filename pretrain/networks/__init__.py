@@ -1,0 +1,1 @@
+"""Whole segmentation networks, and the exact table of what plans may name."""
