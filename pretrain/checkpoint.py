@@ -1,4 +1,4 @@
-"""The encoder artefact: `encoder.safetensors` (tensors) and `encoder.json` (what they are), both readable without running code."""
+"""The encoder artefact: `encoder.safetensors` (tensors) and `encoder.json` (what they are). Reading it runs no code."""
 
 from __future__ import annotations
 

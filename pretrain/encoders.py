@@ -1,4 +1,4 @@
-"""The encoder of a plan's network, built exactly as the trainer builds it: pretrained weights then fit by construction."""
+"""The encoder of a plan's network, built exactly as the trainer builds it, so that pretrained weights fit."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Move pretrained weights into a network: matched by name, adapted by rule, every tensor accounted for.
 
 Rules: another number of input channels takes the sum over the old ones, spread evenly over the new ones, so that the
-response to equal channels stays; a kernel of depth 3 becomes depth 1 by summing, depth 1 becomes depth 3 by placing it in
-the centre, so that the response to a volume that is constant along the slices stays. Any other difference in shape means
-that the tensor is not used.
+response to equal channels stays; a kernel of depth 3 becomes depth 1 by summing, depth 1 becomes depth 3 by placing it
+in the centre, so that the response to a volume that is constant along the slices stays. Any other difference in shape
+means that the tensor is not used.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def card(**changes) -> EncoderCard:
         method="voco", version="0.1.0", dataset=DATASET, plan_name="tinyPlans", plan_hash="0" * 64,
         configuration="3d_fullres", architecture=PLAN["configurations"]["3d_fullres"]["architecture"], scope="encoder",
         spacing=[2.5, 1.1, 1.0], patch_size=[8, 24, 20], DA=1, channels=["MR0"], intensity=["zscore"], steps_done=10,
-        steps_asked=10, metrics={"placement": {"value": 0.5, "chance": 0.25}}, cases=[f"{DATASET}/case_00"], held_out=[],
-        excluded_fold=None, licence="Apache-2.0", citation="arXiv:2402.17300",
+        steps_asked=10, metrics={"placement": {"value": 0.5, "chance": 0.25}}, cases=[f"{DATASET}/case_00"],
+        held_out=[], excluded_fold=None, licence="Apache-2.0", citation="arXiv:2402.17300",
     )  # fmt: skip
     return dataclasses.replace(values, **changes)
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK
 
 from planners import paths
 
@@ -35,11 +35,11 @@ def tiny_scan(seed: int, channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
 
 def write_image(array: np.ndarray, file: Path) -> None:
     """Write (Z, Y, X) with the spacing above and a grid that is not at the origin."""
-    image = sitk.GetImageFromArray(array)
+    image = SimpleITK.GetImageFromArray(array)
     image.SetSpacing([float(s) for s in reversed(SPACING_MM)])
     image.SetOrigin([-3.5, 12.25, 40.0])
     file.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(file))
+    SimpleITK.WriteImage(image, str(file))
 
 
 def write_tiny_dataset(

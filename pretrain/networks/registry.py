@@ -1,8 +1,8 @@
 """The exact literal table of networks and layers a plan may name.
 
-nnU-Net imports whatever dotted path a plan contains, and `torch.nn.functional.torch.hub.os.system` is such a path: a list
-of allowed prefixes would not protect. Here a string is looked up as a whole; what is not in the table is refused before
-anything is imported. Strings found are replaced by the path of today, so that plans of older versions still build.
+nnU-Net imports whatever dotted path a plan contains, and `torch.nn.functional.torch.hub.os.system` is such a path: a
+list of allowed prefixes would not protect. Here a string is looked up as a whole; what is not in the table is refused
+before anything is imported. Strings found are replaced by the path of today, so that plans of older versions build.
 """
 
 from __future__ import annotations
