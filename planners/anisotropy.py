@@ -1,0 +1,44 @@
+"""The degree of anisotropy (DA): by how many halvings of the plane the slices are thicker than the plane's voxels.
+
+Source: PUMIT (spatially adaptive convolution). On patches not limited by size DA equals the number of leading stages that
+nnU-Net's topology rule pools in-plane only (MIC-DKFZ/nnUNet:nnunetv2/experiment_planning/experiment_planners/
+network_topology.py), so the planner keeps nnU-Net's strides and states DA beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+# Spacings in headers carry rounding noise: 2.9999998 / 0.75 must count as a ratio of 4.
+_TOLERANCE = 1e-3
+
+
+def degree_of_anisotropy(spacing: Sequence[float]) -> int:
+    """DA of a spacing (slice, plane, plane) in mm: max(0, floor(log2(slice / finer plane spacing) + 1e-3)).
+
+    >>> degree_of_anisotropy((5, 0.7, 0.7))
+    2
+    """
+    if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"spacing must be three positive lengths in mm, got {tuple(spacing)}")
+    slice_mm, *plane_mm = spacing
+    return max(0, math.floor(math.log2(slice_mm / min(plane_mm)) + _TOLERANCE))
+
+
+def degree_per_stage(degree: int, stages: int) -> list[int]:
+    """DA of each encoder stage: every stage halves the plane, so DA falls by one a stage until it is 0."""
+    return [max(degree - stage, 0) for stage in range(stages)]
+
+
+def leading_in_plane_stages(strides: Sequence[Sequence[int]]) -> int:
+    """How many strides after the stem leave the slice axis alone before the first that does not.
+
+    `strides` as in a plan: one (z, y, x) a stage, the stem's (1, 1, 1) first.
+    """
+    count = 0
+    for stride in strides[1:]:
+        if stride[0] != 1:
+            break
+        count += 1
+    return count

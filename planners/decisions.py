@@ -1,0 +1,133 @@
+"""The plan in words: every decision as value — because — how to change it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from planners.anisotropy import leading_in_plane_stages
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One row of the plan table."""
+
+    name: str
+    value: str
+    because: str
+    change: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """A JSON object with the four texts."""
+        return asdict(self)
+
+
+def explain(
+    configuration: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    *,
+    asked: Mapping[str, Any],
+    gpu_memory_gb: float,
+    small: bool,
+) -> list[Decision]:
+    """The rows for one configuration that has its own patch and network.
+
+    Args:
+        asked: what the user decided: keys `spacing`, `patch_size`, None where the rule decided.
+        small: the plan a CPU can train.
+    """
+    rows = [_spacing(configuration, plan, fingerprint, asked)]
+    if len(configuration["spacing"]) == 3:
+        rows.append(_anisotropy(configuration, plan))
+    rows += [_intensity(channel) for channel in plan["autoseg"]["intensity"]]
+    rows.append(_patch(configuration, asked, gpu_memory_gb, small))
+    rows.append(_batch(configuration, gpu_memory_gb, small))
+    rows.append(_network(configuration, small))
+    return rows
+
+
+def times(numbers: Sequence[float]) -> str:
+    """`40×56×40`; lengths with at most three decimals."""
+    return "×".join(f"{n:.3f}".rstrip("0").rstrip(".") if isinstance(n, float) else str(n) for n in numbers)
+
+
+def _spacing(configuration: Mapping, plan: Mapping, fingerprint: Mapping, asked: Mapping) -> Decision:
+    spacing = configuration["spacing"]
+    spacings = np.asarray(fingerprint["spacings"])[:, plan["transpose_forward"]]
+    if asked["spacing"] is not None:
+        because = "asked for with --spacing"
+    elif len(spacing) == 2:
+        because = "median of the cases in the plane; slices are taken as they are"
+    elif np.allclose(spacing, np.median(spacings, axis=0), atol=1e-4):
+        because = f"median of {len(spacings)} cases"
+    else:
+        because = (
+            f"median of {len(spacings)} cases; on the slice axis the 10th percentile, because slices are more than "
+            "three times thicker than the plane's voxels"
+        )
+    if len(set(map(tuple, np.round(spacings, 3)))) > 1:
+        low, high = spacings.min(axis=0), spacings.max(axis=0)
+        because += f" (they range from {times(low.tolist())} to {times(high.tolist())})"
+    return Decision("spacing, mm", times([float(s) for s in spacing]), because, "--spacing Z,Y,X")
+
+
+def _anisotropy(configuration: Mapping, plan: Mapping) -> Decision:
+    facts = configuration["autoseg"]
+    degree = facts["DA"]
+    strides = configuration["architecture"]["arch_kwargs"]["strides"]
+    leading = leading_in_plane_stages(strides)
+    spacing = configuration["spacing"]
+    because = f"slices are {spacing[0] / min(spacing[1:]):.1f} times as thick as the finer plane voxels"
+    if leading < degree:
+        because += f"; the network has {leading} in-plane stages, fewer than DA, because the plane runs out of voxels"
+    elif leading > degree:
+        because += f"; the network has {leading} in-plane stages, more than DA, because there are too few slices to halve"
+    else:
+        because += f", so the first {degree} halvings leave the slices alone" if degree else ", so all axes are halved alike"
+    cases = plan["autoseg"]["DA_cases"]
+    if cases["min"] != cases["max"]:
+        because += f" (raw cases: DA {cases['min']} to {cases['max']})"
+    return Decision("anisotropy DA", str(degree), because, "follows from --spacing")
+
+
+def _intensity(channel: Mapping) -> Decision:
+    value = channel["scheme"]
+    if channel["window"]:
+        low, high = channel["window"]
+        value += f" [{low:g}, {high:g}] → [0, 1]"
+    return Decision(f"intensity of {channel['channel']}", value, channel["because"], "--intensity SCHEME")
+
+
+def _patch(configuration: Mapping, asked: Mapping, gpu_memory_gb: float, small: bool) -> Decision:
+    patch = configuration["patch_size"]
+    median = [round(n) for n in configuration["median_image_size_in_voxels"]]
+    if asked["patch_size"] is not None and tuple(asked["patch_size"]) == tuple(patch):
+        because = "asked for with --patch-size"
+    elif all(p >= m for p, m in zip(patch, median, strict=False)):
+        because = f"holds the median case ({times(median)} voxels) whole"
+    elif small:
+        because = f"largest in the median case's proportions ({times(median)}) that a CPU can train"
+    else:
+        because = f"largest in the median case's proportions ({times(median)}) for {gpu_memory_gb:g} GB"
+    return Decision("patch, voxels", times(patch), because, "--patch-size Z,Y,X or --gpu-memory GB")
+
+
+def _batch(configuration: Mapping, gpu_memory_gb: float, small: bool) -> Decision:
+    if small:
+        because = "smallest batch nnU-Net trains with"
+    else:
+        because = f"what fits into {gpu_memory_gb:g} GB beside the patch, at most 5 % of the data set's voxels, at least 2"
+    return Decision("batch", str(configuration["batch_size"]), because, "--gpu-memory GB")
+
+
+def _network(configuration: Mapping, small: bool) -> Decision:
+    arch = configuration["architecture"]["arch_kwargs"]
+    name = configuration["architecture"]["network_class_name"].rsplit(".", 1)[-1]
+    value = f"{name}, features {'-'.join(map(str, arch['features_per_stage']))}"
+    because = "small enough for a CPU" if small else "nnU-Net's residual encoder preset"
+    because += f"; {arch['n_stages']} stages, total stride {times(np.prod(arch['strides'], axis=0).tolist())}"
+    return Decision("network", value, because, "-p autosegPlans for the full size" if small else "--gpu-memory GB")
