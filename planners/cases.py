@@ -161,12 +161,13 @@ class WorkerPool(Executor):
 
     def _serve(self) -> None:
         """One thread feeds one process, and starts another when it has died."""
-        process = pipe = None
+        process: multiprocessing.process.BaseProcess | None = None
+        pipe: Connection | None = None
         while (task := self._tasks.get()) is not None:
             future, function, args, kwargs = task
             if not future.set_running_or_notify_cancel():
                 continue
-            if process is None:
+            if process is None or pipe is None:
                 process, pipe = _start_worker()
             try:
                 pipe.send((function, args, kwargs))

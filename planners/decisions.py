@@ -85,9 +85,13 @@ def _anisotropy(configuration: Mapping, plan: Mapping) -> Decision:
     if leading < degree:
         because += f"; the network has {leading} in-plane stages, fewer than DA, because the plane runs out of voxels"
     elif leading > degree:
-        because += f"; the network has {leading} in-plane stages, more than DA, because there are too few slices to halve"
+        because += (
+            f"; the network has {leading} in-plane stages, more than DA, because there are too few slices to halve"
+        )
     else:
-        because += f", so the first {degree} halvings leave the slices alone" if degree else ", so all axes are halved alike"
+        because += (
+            f", so the first {degree} halvings leave the slices alone" if degree else ", so all axes are halved alike"
+        )
     cases = plan["autoseg"]["DA_cases"]
     if cases["min"] != cases["max"]:
         because += f" (raw cases: DA {cases['min']} to {cases['max']})"
@@ -120,7 +124,9 @@ def _batch(configuration: Mapping, gpu_memory_gb: float, small: bool) -> Decisio
     if small:
         because = "smallest batch nnU-Net trains with"
     else:
-        because = f"what fits into {gpu_memory_gb:g} GB beside the patch, at most 5 % of the data set's voxels, at least 2"
+        because = (
+            f"what fits into {gpu_memory_gb:g} GB beside the patch, at most 5 % of the data set's voxels, at least 2"
+        )
     return Decision("batch", str(configuration["batch_size"]), because, "--gpu-memory GB")
 
 

@@ -44,7 +44,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DatasetError("Not readable as JSON", where=path, found=error, remedy="repair or remove the file") from error
+        raise DatasetError(
+            "Not readable as JSON", where=path, found=error, remedy="repair or remove the file"
+        ) from error
 
 
 def copy_file(source: str | Path, target: str | Path) -> None:

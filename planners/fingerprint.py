@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK
@@ -65,7 +66,7 @@ def fingerprint(dataset: Dataset, *, workers: int | None = None) -> dict:
             remedy=f"autoseg verify -d {dataset.id} shows what is wrong with each",
         )
     measured = [outcomes[case.name].value for case in dataset.cases]
-    result = {
+    result: dict[str, Any] = {
         "spacings": [m["spacing"] for m in measured],
         "shapes_after_crop": [m["shape_after_crop"] for m in measured],
         "foreground_intensity_properties_per_channel": {},

@@ -47,7 +47,8 @@ def configure(root: str | Path | None = None) -> Root:
         stock = {name: os.environ.get(variable) for name, variable in _VARIABLES.items()}
         missing = [_VARIABLES[name] for name, value in stock.items() if not value]
         if not missing:
-            return Root(*(Path(str(stock[name])).absolute() for name in _VARIABLES), origin="nnU-Net's variables")
+            folders = {name: Path(str(folder)).absolute() for name, folder in stock.items()}
+            return Root(**folders, origin="nnU-Net's variables")
         if len(missing) < len(_VARIABLES):
             raise SettingsError(
                 "Only some of nnU-Net's folder variables are set",
@@ -61,7 +62,7 @@ def configure(root: str | Path | None = None) -> Root:
         raise SettingsError("The data root is not a folder", where=base, remedy="give a folder with --root DIR")
     for name, variable in _VARIABLES.items():
         os.environ[variable] = str(base / name)
-    return Root(*(base / name for name in _VARIABLES), origin=origin)
+    return Root(base / "raw", base / "preprocessed", base / "results", origin)
 
 
 def raw(dataset_name: str) -> Path:

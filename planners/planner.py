@@ -8,6 +8,7 @@ experiment_planners/resencUNet_planner.py); only hooks are overridden here, and 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -141,7 +142,7 @@ class AutosegPlanner(ResEncUNetPlanner):
             planner.UNet_reference_val_2d = budget.max_voxels_2d
             planner.UNet_vram_target_GB = planner.UNet_reference_val_corresp_GB
             planner.lowres_creation_threshold = 0
-            planner.static_estimate_VRAM_usage = _patch_voxels
+            planner.static_estimate_VRAM_usage = _patch_voxels  # type: ignore[assignment, method-assign]
         return planner.plan_experiment()
 
     # Hooks that nnU-Net's procedure calls --------------------------------------------------------------------------------
@@ -213,8 +214,10 @@ class AutosegPlanner(ResEncUNetPlanner):
     def save_plans(self, plans: dict) -> None:
         """Complete the plan instead of writing it: JSON types, windows in stock numbers, the key `autoseg`."""
         recursive_fix_for_json_export(plans)
+        plans.update(json.loads(json.dumps(plans)))  # tuples become lists, as they will be read back
         plans["foreground_intensity_properties_per_channel"] = {
-            str(channel): scheme.stock_properties(self._measured(channel)) for channel, scheme in enumerate(self.schemes)
+            str(channel): scheme.stock_properties(self._measured(channel))
+            for channel, scheme in enumerate(self.schemes)
         }
         plans["autoseg"] = {
             "schema": 1,

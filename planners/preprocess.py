@@ -76,9 +76,7 @@ def preprocess_dataset(
         if identifier in done:
             continue
         done.add(identifier)
-        _preprocess_folder(
-            base / identifier, dataset.cases, plan, configuration, dataset, workers=workers
-        )
+        _preprocess_folder(base / identifier, dataset.cases, plan, configuration, dataset, workers=workers)
 
 
 def preprocess_unlabelled(
@@ -139,7 +137,9 @@ def _preprocess_folder(
             write_json(_marker(folder), {"cases": wanted})
             return
         if len(todo) < len(cases):
-            logger.info("%s: %d of %d cases are there, %d to do", folder.name, len(cases) - len(todo), len(cases), len(todo))
+            logger.info(
+                "%s: %d of %d cases are there, %d to do", folder.name, len(cases) - len(todo), len(cases), len(todo)
+            )
         _marker(folder).unlink(missing_ok=True)
         _journal(folder).write_text(
             "".join(json.dumps([name, stamp]) + "\n" for name, stamp in finished.items() if wanted.get(name) == stamp)

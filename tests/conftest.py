@@ -1,0 +1,28 @@
+"""Every test starts without nnU-Net's or autoseg's variables and leaves the environment as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+_NAMES = (
+    "AUTOSEG_ROOT",
+    "nnUNet_raw",
+    "nnUNet_preprocessed",
+    "nnUNet_results",
+    "nnUNet_extTrainer",
+    "nnUNet_n_proc_DA",
+)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment() -> Iterator[None]:
+    before = dict(os.environ)
+    for name in _NAMES:
+        os.environ.pop(name, None)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
