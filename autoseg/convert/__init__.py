@@ -1,0 +1,1 @@
+"""Turns datasets of other layouts into raw nnU-Net datasets."""
