@@ -1,0 +1,209 @@
+"""One function a command: the Python API. Importing this module imports nothing heavy; running a function does.
+
+Every function takes `root`, the data root (`planners.paths.configure`), and raises `planners.errors.AutosegError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planners import paths
+
+if TYPE_CHECKING:
+    from autoseg.evaluate import Evaluation
+    from planners.planner import PlannedPair
+    from planners.verify import Problem
+    from trainers.predict import PredictionSummary
+
+
+def convert_msd(source: str | Path, dataset: int, *, name: str | None = None, root: str | Path | None = None) -> Path:
+    """Turn a Medical Segmentation Decathlon task into an nnU-Net dataset; returns its folder."""
+    paths.configure(root)
+    from autoseg.convert.msd import convert_msd as convert
+
+    return convert(Path(source), dataset, name)
+
+
+def convert_folder(
+    images: str | Path,
+    labels: str | Path,
+    dataset: int,
+    *,
+    name: str,
+    channels: Sequence[str],
+    label_set: str | None = None,
+    remap: Mapping[int, int] | None = None,
+    unlabelled: str | Path | None = None,
+    root: str | Path | None = None,
+) -> Path:
+    """Turn folders of scans and labels into an nnU-Net dataset; returns its folder.
+
+    Args:
+        channels: names, in the order of the files of a case.
+        label_set: a known set of names and values (`btcv`); without one labels are named `label_N` and gaps closed.
+        remap: stored value → value in the dataset; undone when predicting.
+        unlabelled: more scans of the same kind, for pretraining.
+    """
+    paths.configure(root)
+    from autoseg.convert.folder import convert_folder as convert
+
+    return convert(
+        Path(images),
+        Path(labels),
+        dataset,
+        name,
+        channels,
+        label_set=label_set,
+        remap=remap,
+        unlabelled=None if unlabelled is None else Path(unlabelled),
+    )
+
+
+def verify(dataset: int | str, *, workers: int | None = None, root: str | Path | None = None) -> list[Problem]:
+    """Every problem of a raw dataset, errors first; an empty list means none."""
+    paths.configure(root)
+    from planners.verify import verify_dataset
+
+    return verify_dataset(dataset, workers=workers)
+
+
+def plan_and_preprocess(
+    dataset: int | str,
+    *,
+    configurations: Sequence[str] | None = None,
+    spacing: Sequence[float] | None = None,
+    patch_size: Sequence[int] | None = None,
+    gpu_memory_gb: float | str = 8.0,
+    intensity: Sequence[str] | None = None,
+    plan_name: str | None = None,
+    workers: int | None = None,
+    root: str | Path | None = None,
+) -> PlannedPair:
+    """Verify a dataset, decide both of its plans and preprocess it.
+
+    Args:
+        configurations: what to preprocess; None: the default one, `3d_fullres` or else `2d`.
+        spacing: target spacing (z, y, x) in mm instead of the rule's.
+        patch_size: patch of `3d_fullres` (three numbers) or `2d` (two) instead of the rule's.
+        gpu_memory_gb: memory the full plan may use; "auto": what the GPU has, at most 24.
+        intensity: one scheme a channel instead of the rule's (`planners.intensity.SCHEMES`).
+        plan_name: a tag for plans that differ from ones something was trained from.
+
+    Raises DatasetError when verification finds errors; nothing is planned then.
+    """
+    paths.configure(root)
+    from planners.dataset import load_dataset
+    from planners.errors import DatasetError
+    from planners.fingerprint import fingerprint
+    from planners.intensity import parse_scheme
+    from planners.planner import Overrides, plan_dataset
+    from planners.plans import default_configuration
+    from planners.preprocess import preprocess_dataset
+    from planners.verify import verify_dataset
+
+    overrides = Overrides(
+        spacing=_triple(spacing) if spacing is not None else None,
+        patch_size=tuple(int(n) for n in patch_size) if patch_size is not None else None,
+        gpu_memory_gb=_gpu_memory(gpu_memory_gb),
+        intensity=tuple(parse_scheme(text) for text in intensity) if intensity is not None else None,
+    )
+    loaded = load_dataset(dataset)
+    errors = [problem for problem in verify_dataset(loaded.name, workers=workers) if problem.severity == "error"]
+    if errors:
+        raise DatasetError(
+            f"{loaded.name} has {len(errors)} error(s); nothing was planned",
+            found=f"{errors[0].kind} in {errors[0].case}: {errors[0].found}" + (", …" if len(errors) > 1 else ""),
+            remedy=f"autoseg verify -d {loaded.id} lists them all, each with its remedy",
+        )
+    pair = plan_dataset(loaded, fingerprint(loaded, workers=workers), overrides, tag=plan_name)
+    wanted = list(configurations) if configurations else [default_configuration(pair.full)]
+    preprocess_dataset(loaded.name, pair.full["plans_name"], wanted, workers=workers)
+    return pair
+
+
+def pretrain(dataset: int | str, *, method: str, root: str | Path | None = None, **options: Any) -> Path:
+    """Learn an encoder from a dataset's scans without their labels; options as in `pretrain.loop.pretrain`.
+
+    Returns the folder of the encoder.
+    """
+    paths.configure(root)
+    from pretrain.loop import pretrain as run
+
+    return run(dataset, method=method, **options)
+
+
+def train(dataset: int | str, *, root: str | Path | None = None, **options: Any) -> list[Path]:
+    """Train folds of a segmentation model; options as in `trainers.train.train`. Returns the folders of the folds."""
+    paths.configure(root)
+    from trainers.train import train as run
+
+    return run(dataset, **options)
+
+
+def predict(
+    inputs: str | Path, output: str | Path, *, root: str | Path | None = None, **options: Any
+) -> PredictionSummary:
+    """Segment a folder of scans or one scan; options as in `trainers.predict.predict`."""
+    paths.configure(root)
+    from trainers.predict import predict as run
+
+    return run(Path(inputs), Path(output), **options)
+
+
+def evaluate(
+    predictions: str | Path,
+    references: str | Path,
+    dataset: int | str,
+    *,
+    tolerance_mm: float = 1.0,
+    workers: int | None = None,
+    root: str | Path | None = None,
+) -> Evaluation:
+    """Dice, NSD and HD95 per case and structure; writes metrics.csv and metrics.json beside the predictions."""
+    paths.configure(root)
+    from autoseg.evaluate import evaluate as run
+
+    return run(Path(predictions), Path(references), dataset, tolerance_mm=tolerance_mm, workers=workers)
+
+
+def demo(root: str | Path = "autoseg_demo") -> Path:
+    """The main job on phantoms, offline: plan, pretrain, train, predict, evaluate. Returns the overlay picture."""
+    from autoseg.demo import run_demo
+
+    return run_demo(Path(root))
+
+
+def methods() -> tuple[str, ...]:
+    """Names of the pretraining methods."""
+    from pretrain.catalog import METHODS
+
+    return tuple(METHODS)
+
+
+def _triple(spacing: Sequence[float]) -> tuple[float, float, float]:
+    from planners.errors import SettingsError
+
+    values = tuple(float(s) for s in spacing)
+    if len(values) != 3 or min(values) <= 0:
+        raise SettingsError("A target spacing is three positive lengths in mm", found=values, expected="Z,Y,X")
+    return values
+
+
+def _gpu_memory(asked: float | str) -> float:
+    from planners.errors import SettingsError
+
+    if asked == "auto":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SettingsError("--gpu-memory auto needs a GPU", remedy="give the target's memory: --gpu-memory 8")
+        return min(24.0, torch.cuda.get_device_properties(0).total_memory / 2**30)
+    try:
+        memory = float(asked)
+    except ValueError:
+        memory = 0.0
+    if not 1 <= memory <= 1000:
+        raise SettingsError("Not a memory size", found=asked, expected="gigabytes, or auto", remedy="--gpu-memory 8")
+    return memory
