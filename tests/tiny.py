@@ -133,3 +133,10 @@ def tiny_plan(*, dims: int = 3, channels: int = 1, name: str = "tinyPlans", data
 def dataset_json(channels: int = 1) -> dict:
     """What `write_tiny_dataset` writes, for tests that need no files."""
     return {"channel_names": {str(c): f"MR{c}" for c in range(channels)}, "labels": LABELS, "file_ending": ".nii.gz"}
+
+
+def write_tiny_plan(plan: dict) -> None:
+    """Put a plan where `train` finds it."""
+    file = paths.preprocessed(plan["dataset_name"]) / f"{plan['plans_name']}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(plan))

@@ -1,0 +1,67 @@
+"""The record of a training: a line for the user, `progress.csv`, TensorBoard and nnU-Net's `progress.png`, once an epoch."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from torch.utils.tensorboard import SummaryWriter
+
+from planners.files import replacing
+from planners.progress import duration
+
+_SECONDS_BETWEEN_PLOTS = 30.0  # nnU-Net's picture takes most of a second, as long as a short epoch
+
+
+class Journal:
+    """Writes into one fold's folder. After a resume it continues where the checkpoint was, whatever had been written."""
+
+    def __init__(self, folder: Path, class_names: Sequence[str], *, first_epoch: int) -> None:
+        self.folder = folder
+        self.class_names = class_names
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+        self._plotted = 0.0
+
+    def write(self, log: LocalLogger, *, is_last: bool) -> str:
+        """Record the newest epoch of `log`; returns it as a line of text."""
+        rows = self._rows(log.my_fantastic_logging)
+        with replacing(self.folder / "progress.csv") as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        newest = rows[-1]
+        for name, value in newest.items():
+            if name != "epoch":
+                self._tensorboard.add_scalar(name, value, int(newest["epoch"]) - 1)
+        if is_last or time.monotonic() - self._plotted > _SECONDS_BETWEEN_PLOTS:
+            log.plot_progress_png(str(self.folder))
+            self._plotted = time.monotonic()
+        classes = ", ".join(f"{name} {newest[f'dice_{name}']:.2f}" for name in self.class_names)
+        return (
+            f"loss {newest['train_loss']:.3f}, validation loss {newest['validation_loss']:.3f}, "
+            f"Dice of patches {newest['dice']:.3f} ({classes}), rate {newest['lr']:.1e}, {duration(newest['seconds'])}"
+        )
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+    def _rows(self, log: dict[str, list]) -> list[dict[str, float]]:
+        return [
+            {
+                "epoch": epoch + 1,
+                "train_loss": float(log["train_losses"][epoch]),
+                "validation_loss": float(log["val_losses"][epoch]),
+                "dice": float(log["mean_fg_dice"][epoch]),
+                "dice_moving_average": float(log["ema_fg_dice"][epoch]),
+                "lr": float(log["lrs"][epoch]),
+                "seconds": float(log["epoch_end_timestamps"][epoch] - log["epoch_start_timestamps"][epoch]),
+                **{
+                    f"dice_{name}": float(value)
+                    for name, value in zip(self.class_names, log["dice_per_class_or_region"][epoch], strict=True)
+                },
+            }
+            for epoch in range(len(log["epoch_end_timestamps"]))
+        ]

@@ -1,0 +1,212 @@
+"""A trained model in memory: from one preprocessed case to logits, and from logits to a mask on the grid of the scan.
+
+Differs from nnU-Net's predictor in how, not in what: weights are read without running code, the network's class comes
+from the exact table, mirrored copies of a patch go through the network together, and logits are summed in float32 where
+nnU-Net uses float16 (its rounding changes about one voxel in 10,000).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
+
+from planners.errors import DatasetError, PlanError
+from planners.files import read_json
+from planners.quiet import nnunet_quiet
+from pretrain.networks.registry import build_network, check_architecture
+from pretrain.transfer import distinct
+from trainers.checkpoint import load_checkpoint
+from trainers.runs import FINAL, finished_folds
+
+logger = logging.getLogger("autoseg")
+
+_VOXELS_PER_FORWARD = {"cpu": 2**20, "cuda": 2**24, "mps": 2**22}
+"""Patches go through the network together up to this size; more gains nothing and costs memory."""
+
+
+class AutosegPredictor(nnUNetPredictor):
+    """One model, all asked folds averaged."""
+
+    folds: tuple[int | str, ...] = ()
+    configuration_name: str = ""
+
+    def __init__(self, device: torch.device, *, step_size: float = 0.5, mirroring: bool = True) -> None:
+        with nnunet_quiet():
+            super().__init__(
+                tile_step_size=step_size,
+                use_mirroring=mirroring,
+                perform_everything_on_device=device.type == "cuda",
+                device=device,
+                allow_tqdm=False,
+            )
+
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str | Path,
+        use_folds: Sequence[int | str] | None = None,
+        checkpoint_name: str = FINAL,
+    ) -> None:
+        """Load a model folder of autoseg or stock nnU-Net; all finished folds, unless some are named.
+
+        Raises DatasetError for missing files, UnsafeFile for a plan or checkpoint that asks for code, PlanError for a
+        network that the plan does not describe.
+        """
+        folder = Path(model_training_output_dir)
+        missing = [name for name in ("plans.json", "dataset.json") if not (folder / name).is_file()]
+        folds = tuple(use_folds or [f for f in finished_folds(folder) if f != "all"] or finished_folds(folder))
+        missing += [
+            f"fold_{f}/{checkpoint_name}" for f in folds if not (folder / f"fold_{f}" / checkpoint_name).is_file()
+        ]
+        if missing or not folds:
+            raise DatasetError(
+                "Not a model folder with a finished training",
+                where=folder,
+                found=f"no {', no '.join(missing)}" if missing else f"no fold with a {checkpoint_name}",
+                expected=f"plans.json, dataset.json, fold_0/{checkpoint_name}",
+            )
+        plan = read_json(folder / "plans.json")
+        dataset_json = read_json(folder / "dataset.json")
+        checkpoints = [load_checkpoint(folder / f"fold_{fold}" / checkpoint_name) for fold in folds]
+        self.initialize_from_parts(plan, dataset_json, checkpoints)
+        self.folds = folds
+
+    def initialize_from_parts(self, plan: dict, dataset_json: dict, checkpoints: Sequence[dict]) -> None:
+        """Build the network of a plan and take the weights of one or several checkpoints (one a fold)."""
+        for configuration in plan["configurations"].values():
+            if "architecture" in configuration:
+                check_architecture(configuration["architecture"])
+        first = checkpoints[0]
+        manager = PlansManager(plan)
+        settings = manager.get_configuration(first["init_args"]["configuration"])
+        if settings.previous_stage_name is not None:
+            raise PlanError(
+                "Models of a cascade need the masks of the stage before, which cannot be made here yet",
+                remedy="predict both stages with nnUNetv2_predict",
+            )
+        heads = manager.get_label_manager(dataset_json).num_segmentation_heads
+        channels = determine_num_input_channels(manager, settings, dataset_json)
+        network = build_network(
+            settings.configuration["architecture"], channels, heads, deep_supervision=False, initialise=False
+        )
+        weights = [checkpoint["network_weights"] for checkpoint in checkpoints]
+        try:
+            for state in reversed(weights):
+                network.load_state_dict(state)
+        except RuntimeError as error:
+            raise PlanError(
+                "The plan does not describe the network whose weights these are",
+                found=f"{str(error).splitlines()[1].strip()} (trained with {first.get('trainer_name')})",
+                remedy="predict with nnUNetv2_predict where that trainer is installed",
+            ) from error
+        self.configuration_name = first["init_args"]["configuration"]
+        mirroring = first.get("inference_allowed_mirroring_axes")
+        with nnunet_quiet():
+            self.manual_initialization(
+                network.to(self.device).eval(), manager, settings, weights, dataset_json, "nnUNetTrainer", mirroring
+            )
+
+    def weights_hash(self) -> str:
+        """SHA-256 (hex) over the weights of all folds: equal for equal models, wherever they lie."""
+        digest = hashlib.sha256()
+        for state in self.list_of_parameters:
+            for names in distinct(state.items()):
+                digest.update(state[names[0]].detach().cpu().contiguous().view(-1).numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
+        """(C, Z, Y, X) float32 -> logits (heads, Z, Y, X) float32 on the CPU, the mean over the folds."""
+        total: Tensor | None = None
+        for state in self.list_of_parameters:
+            if len(self.list_of_parameters) > 1:
+                self.network.load_state_dict(state)
+            logits = self.predict_sliding_window_return_logits(data).float().cpu()
+            total = logits if total is None else total.add_(logits)
+        if total is None:
+            raise RuntimeError("the predictor holds no weights")
+        return total.div_(len(self.list_of_parameters))
+
+    def predict_mask(
+        self, data: Tensor, properties: dict, *, probabilities: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Mask (z, y, x) on the grid of the scan the case was preprocessed from, and probabilities if asked for.
+
+        Args:
+            data: (C, Z, Y, X) float32, as `planners.preprocess.preprocess_case` gives it.
+            properties: what it gives beside.
+        """
+        return self.mask_from_logits(
+            self.predict_logits_from_preprocessed_data(data), properties, probabilities=probabilities
+        )
+
+    def mask_from_logits(
+        self, logits: Tensor, properties: dict, *, probabilities: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Mask and probabilities on the grid of the scan from logits on the grid of the plan."""
+        result = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits,
+            self.plans_manager,
+            self.configuration_manager,
+            self.label_manager,
+            properties,
+            return_probabilities=probabilities,
+            num_threads_torch=torch.get_num_threads(),
+        )
+        return result if probabilities else (result, None)
+
+    @torch.inference_mode()
+    def _internal_predict_sliding_window_return_logits(
+        self, data: Tensor, slicers: list, do_on_device: bool = True
+    ) -> Tensor:
+        """Weighted mean of the windows' logits, in float32; the weights are nnU-Net's."""
+        device = self.device if do_on_device else torch.device("cpu")
+        data = data.to(device)
+        patch = tuple(self.configuration_manager.patch_size)
+        weights = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=device).float()
+        total = torch.zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), device=device)
+        weight_sum = torch.zeros(data.shape[1:], device=device)
+        for window in slicers:
+            image = data[window][None].to(self.device)
+            total[window].addcmul_(self._internal_maybe_mirror_and_predict(image)[0].to(device), weights)
+            weight_sum[window[1:]] += weights
+        return total.div_(weight_sum)
+
+    @torch.inference_mode()
+    def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
+        """(1, C, *patch) -> mean logits (1, heads, *patch) float32 over all mirrored copies."""
+        axes = [a + 2 for a in (self.allowed_mirroring_axes or ())] if self.use_mirroring else []
+        flips = [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
+        together = max(1, min(len(flips), _VOXELS_PER_FORWARD[self.device.type] // x[0, 0].numel()))
+        total: Tensor | None = None
+        for start in range(0, len(flips), together):
+            chunk = flips[start : start + together]
+            outputs = self._forward(torch.cat([torch.flip(x, flip) for flip in chunk]))
+            for output, flip in zip(outputs.split(1), chunk, strict=True):
+                logits = torch.flip(output, flip).float()
+                total = logits if total is None else total.add_(logits)
+        if total is None:
+            raise RuntimeError("no flip at all")
+        return total.div_(len(flips))
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """The network on a batch, in halves where the device's memory does not hold it."""
+        try:
+            return self.network(x)
+        except torch.cuda.OutOfMemoryError:
+            if len(x) == 1:
+                raise
+            torch.cuda.empty_cache()
+        half = len(x) // 2
+        return torch.cat([self._forward(x[:half]), self._forward(x[half:])])

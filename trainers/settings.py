@@ -1,0 +1,129 @@
+"""Training options: their meaning, their defaults by rule, and where each value came from.
+
+The rule (DESIGN §5, Trainer) depends on how many iterations there are in all, whether the encoder is pretrained, and the
+device; scratch and pretrained runs of one length share the optimiser, so that they can be compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from planners.errors import SettingsError
+
+LONG_ITERATIONS = 50_000
+"""From here on a pretrained network is fine-tuned with a warm-up to a tenth of the rate."""
+SHORT_ITERATIONS = 2_000
+"""Below this AdamW: nnU-Net's SGD leaves the background only after some 500 iterations."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What `--set train.KEY=VALUE` can change. Saved with the run; all its folds share it."""
+
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012
+
+    epochs: Annotated[int, Field(ge=1)] = 1000
+    """Epochs; the learning rate reaches zero at the end, however short the run."""
+    iterations: Annotated[int, Field(ge=1)] = 250
+    """Training iterations of an epoch; a fifth as many validation iterations follow."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` with Nesterov momentum 0.99, as nnU-Net, or `adamw`."""
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-2
+    """Highest learning rate; it falls as (1 - progress)^0.9."""
+    weight_decay: Annotated[float, Field(ge=0)] = 3e-5
+    """Weight decay."""
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of all iterations in which the rate of all layers rises linearly from zero."""
+    frozen_epochs: Annotated[int, Field(ge=0)] = 0
+    """First epochs in which the encoder is left as it is."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """End after this time of training, final validation not counted; the schedule is shortened to fit, so that the
+    learning rate still reaches zero."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 12345
+    """Seed of the new weights and, on a CPU, of every batch."""
+
+    @property
+    def total_iterations(self) -> int:
+        return self.epochs * self.iterations
+
+    @property
+    def validation_iterations(self) -> int:
+        return max(1, self.iterations // 5)
+
+
+KEYS = tuple(field.name for field in dataclasses.fields(TrainSettings))
+_ADAPTER = TypeAdapter(TrainSettings)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Complete settings and the origin of each value: `default`, `rule`, `run` (an existing run's) or `flag`."""
+
+    settings: TrainSettings
+    origins: dict[str, str]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(setting, value, origin) for `--show-config`."""
+        values = dataclasses.asdict(self.settings)
+        return [(f"train.{key}", f"{values[key]}", self.origins[key]) for key in KEYS]
+
+
+def resolve(given: Mapping[str, Any], *, budget: str, device: str, pretrained: bool) -> Resolved:
+    """Fill what is not given.
+
+    Args:
+        given: values by key, as strings or typed; SettingsError lists every unknown key and wrong value at once.
+        budget: `cpu` or `full`, whom the plan was made for.
+        device: `cpu`, `cuda` or `mps`.
+        pretrained: whether the encoder starts from pretrained weights.
+    """
+    values, origins = dataclasses.asdict(TrainSettings()), dict.fromkeys(KEYS, "default")
+
+    def by_rule(**chosen: Any) -> None:
+        values.update(chosen)
+        origins.update(dict.fromkeys(chosen, "rule"))
+
+    if budget == "cpu" and device == "cpu":
+        by_rule(epochs=30, iterations=50)
+    # Validated before the rule reads the length, and once more with everything.
+    total = validated({**values, **given}).total_iterations
+    if total < SHORT_ITERATIONS:
+        by_rule(optimizer="adamw")
+    optimizer = given.get("optimizer", values["optimizer"])
+    if optimizer == "adamw":
+        by_rule(lr=2e-3)
+    elif pretrained and total >= LONG_ITERATIONS:
+        by_rule(lr=1e-3, warm_up=0.05)
+    values.update(given)
+    origins.update(dict.fromkeys(given, "flag"))
+    return Resolved(validated(values), origins)
+
+
+def validated(values: Mapping[str, Any]) -> TrainSettings:
+    """Settings from complete or partial values; SettingsError names all that is wrong with them."""
+    try:
+        return _ADAPTER.validate_python(dict(values))
+    except ValidationError as error:
+        problems = [
+            f"train.{'.'.join(map(str, e['loc'][:1]))}: "
+            + ("no such setting" if e["type"] == "unexpected_keyword_argument" else f"{e['msg']}, not {e['input']!r}")
+            for e in error.errors()
+        ]
+        raise SettingsError(
+            "Training cannot use these settings",
+            found="\n            ".join(problems),
+            expected="one of " + ", ".join(f"train.{key}" for key in KEYS),
+        ) from error
+
+
+def learning_rate(settings: TrainSettings, progress: float) -> float:
+    """The rate at `progress` in [0, 1): a linear rise over `warm_up`, then nnU-Net's polynomial fall to zero."""
+    if progress < settings.warm_up:
+        return settings.lr * progress / settings.warm_up
+    rest = (progress - settings.warm_up) / (1 - settings.warm_up)
+    return settings.lr * (1 - min(rest, 1.0)) ** 0.9
