@@ -13,22 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import nibabel
 import numpy as np
-import SimpleITK
 
 from planners.cases import Outcome, WorkerLost, run_cases
 from planners.dataset import Case, Dataset, load_dataset
+from planners.geometry import EQUAL_VOXELS, GEOMETRY_ENDINGS, ROUNDING_VOXELS, Geometry, read_geometry, read_voxels
 
 Severity = Literal["error", "warning"]
-
-# Shares of a voxel by which a header may move the farthest corner: below the first it is the storage of decimals, below
-# the second the rounding of a header; neither changes which voxel a label belongs to.
-_EQUAL_VOXELS = 1e-3
-_ROUNDING_VOXELS = 0.1
-
-# What SimpleITK reads with its geometry; natural images and TIFF have no patient coordinates.
-_WITH_GEOMETRY = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl")
 
 
 @dataclass(frozen=True)
@@ -51,29 +42,6 @@ class _CaseReport:
     problems: list[Problem] = field(default_factory=list)
     values: tuple[float, ...] = ()
     voxels_hash: str | None = None
-
-
-@dataclass(frozen=True)
-class _Geometry:
-    """A grid as in the header, in SimpleITK's order (x, y, z)."""
-
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
-
-    def corners_mm(self) -> np.ndarray:
-        """Patient coordinates of the grid's corner voxels, (corners, dimensions)."""
-        dimensions = len(self.size)
-        corners = np.array(np.meshgrid(*((0, n - 1) for n in self.size))).reshape(dimensions, -1)
-        matrix = np.reshape(self.direction, (dimensions, dimensions)) * self.spacing
-        return (matrix @ corners).T + self.origin
-
-    def __str__(self) -> str:
-        def text(values: Iterable[float]) -> str:
-            return ", ".join(f"{value:.6g}" for value in values)
-
-        return f"spacing ({text(self.spacing)}) origin ({text(self.origin)}) direction ({text(self.direction)})"
 
 
 def verify_dataset(dataset: int | str, *, workers: int | None = None) -> list[Problem]:
@@ -185,20 +153,20 @@ def _check_case(
     """Read one case and judge it; arrays are (z, y, x) or (channel, z, y, x)."""
     report = _CaseReport()
     digest = hashlib.blake2b(digest_size=16)
-    first: tuple[str, _Geometry] | None = None
+    first: tuple[str, Geometry] | None = None
     paths_ = [(path, False) for path in images] + ([(label, True)] if label is not None else [])
     for path, is_label in paths_:
         if not path.is_file():
             continue  # reported from the listing
         file = _shown(path, folder)
         try:
-            voxels, geometry = _read(path)
+            voxels, geometry = read_voxels(path)
         except Exception as error:  # readers raise whatever they like for a broken file
             report.problems.append(_unreadable(name, file, _reason(error)))
             continue
         if first is None:
             first = (file, geometry)
-            if path.name.endswith(_WITH_GEOMETRY) and min(geometry.size) == 1:
+            if path.name.endswith(GEOMETRY_ENDINGS) and min(geometry.size) == 1:
                 text = " x ".join(map(str, geometry.size))
                 remedy = "nothing, if this is meant; 2D images train the 2d configuration"
                 report.problems.append(Problem("single slice", "warning", name, file, text, "a volume", remedy))
@@ -215,27 +183,8 @@ def _check_case(
     return report
 
 
-def _read(path: Path) -> tuple[np.ndarray, _Geometry]:
-    if path.name.endswith(_WITH_GEOMETRY):
-        header = SimpleITK.ImageFileReader()
-        header.SetFileName(str(path))
-        header.ReadImageInformation()
-        geometry = _Geometry(header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
-        if path.name.endswith((".nii.gz", ".nii")):
-            # SimpleITK reads NIfTI with zeros in place of NaN and of what a truncated file lacks, and says nothing.
-            return np.asanyarray(nibabel.load(path).dataobj).T, geometry  # type: ignore[attr-defined]
-        return SimpleITK.GetArrayFromImage(header.Execute()), geometry
-    # Natural images and TIFF: nnU-Net's own readers, which know no place in the patient.
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
-
-    reader = determine_reader_writer_from_file_ending(path.suffix, verbose=False)()
-    voxels, properties = reader.read_images([str(path)])
-    size = tuple(voxels.shape[:0:-1])
-    return voxels, _Geometry(size, tuple(properties["spacing"][::-1]), (0.0,) * 3, tuple(np.eye(3).ravel()))
-
-
 def _compare_geometry(
-    name: str, file: str, geometry: _Geometry, first_file: str, first: _Geometry, *, is_label: bool
+    name: str, file: str, geometry: Geometry, first_file: str, first: Geometry, *, is_label: bool
 ) -> list[Problem]:
     if geometry.size != first.size:
         found, expected = (" x ".join(map(str, g.size)) for g in (geometry, first))
@@ -244,13 +193,13 @@ def _compare_geometry(
         return [
             Problem("wrong geometry", "error", name, file, f"{found} voxels", what, f"{remedy}, or replace the file")
         ]
-    moved = np.abs(geometry.corners_mm() - first.corners_mm()).max() / min(first.spacing)
+    moved = geometry.shift_voxels(first)
     # nnU-Net refuses channels whose spacings differ by more than numpy's tolerance, however little that moves a voxel.
     refused = not is_label and not np.allclose(geometry.spacing, first.spacing)
-    if moved <= _EQUAL_VOXELS and not refused:
+    if moved <= EQUAL_VOXELS and not refused:
         return []
     found, expected = f"{geometry}", f"{first}, as {first_file}"
-    if moved <= _ROUNDING_VOXELS and not refused:
+    if moved <= ROUNDING_VOXELS and not refused:
         remedy = f"nothing: the headers differ by {moved:.2g} voxel"
         return [Problem("harmless rounding", "warning", name, file, found, expected, remedy)]
     remedy = (
@@ -347,13 +296,11 @@ def _bytes_of_largest(cases: Sequence[Case]) -> int:
     """Peak memory of checking the largest case, from headers: voxels as read, as float32 and sorted for their values."""
     largest = 0
     for case in cases:
-        header = SimpleITK.ImageFileReader()
-        header.SetFileName(str(case.images[0]))
         try:
-            header.ReadImageInformation()
+            size = read_geometry(case.images[0]).size
         except RuntimeError:  # missing, broken or not SimpleITK's: found when it is read
             continue
-        largest = max(largest, int(np.prod(header.GetSize(), dtype=np.int64)))
+        largest = max(largest, int(np.prod(size, dtype=np.int64)))
     return largest * 24
 
 

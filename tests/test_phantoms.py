@@ -94,3 +94,18 @@ def test_another_dataset_is_never_overwritten(tmp_path):
     with pytest.raises(DatasetError, match="did not make"):
         write_phantoms(tmp_path, labelled=1, unlabelled=0, test=0)
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+
+
+def test_repeating_writes_nothing_and_other_arguments_replace_everything(tmp_path):
+    folder = tmp_path / "Dataset017_BTCV"
+    write_phantoms(folder, labelled=2, unlabelled=0, test=0)
+    files = sorted(folder.rglob("*.*"))
+    files[-1].unlink()
+    before = {path: path.stat().st_mtime_ns for path in files[:-1]}
+    write_phantoms(folder, labelled=2, unlabelled=0, test=0)
+    # The case whose label was lost is drawn again, the other and the description stay.
+    kept = [path for path in before if "tr02" not in path.name]
+    assert {path: path.stat().st_mtime_ns for path in kept} == {path: before[path] for path in kept}
+    assert files[-1].is_file()
+    write_phantoms(folder, labelled=1, unlabelled=0, test=0)
+    assert sorted(path.name for path in folder.rglob("*.gz")) == ["phantom_tr01.nii.gz", "phantom_tr01_0000.nii.gz"]
