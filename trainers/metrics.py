@@ -39,7 +39,7 @@ def case_metrics(
         raise ValueError(f"{prediction.ndim} axes need as many spacings, got {tuple(spacing_mm)}")
     diagonal_mm = float(np.linalg.norm(np.multiply(prediction.shape, spacing_mm)))
     return {
-        name: _structure(np.isin(prediction, value), np.isin(reference, value), spacing_mm, tolerance_mm, diagonal_mm)
+        name: _structure(_holds(prediction, value), _holds(reference, value), spacing_mm, tolerance_mm, diagonal_mm)
         for name, value in labels.items()
     }
 
@@ -71,6 +71,10 @@ def summarise(per_case: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[s
 
 def _mean(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
+
+
+def _holds(label_map: np.ndarray, value: int | tuple[int, ...]) -> np.ndarray:
+    return label_map == value if isinstance(value, int) else np.isin(label_map, value)
 
 
 def _structure(

@@ -1,0 +1,70 @@
+"""The rule that fills training options, and what is refused."""
+
+import pytest
+
+from planners.errors import SettingsError
+from trainers.settings import KEYS, TrainSettings, learning_rate, resolve
+
+
+def settings(*, budget="full", device="cuda", pretrained=False, **given) -> TrainSettings:
+    return resolve(given, budget=budget, device=device, pretrained=pretrained).settings
+
+
+def test_from_scratch_on_a_gpu_it_is_nnunets_schedule():
+    chosen = settings()
+    assert (chosen.epochs, chosen.iterations, chosen.validation_iterations) == (1000, 250, 50)
+    assert (chosen.optimizer, chosen.lr, chosen.weight_decay, chosen.warm_up) == ("sgd", 1e-2, 3e-5, 0)
+
+
+def test_long_finetuning_warms_up_to_a_tenth_of_the_rate():
+    chosen = settings(pretrained=True)
+    assert (chosen.optimizer, chosen.lr, chosen.warm_up) == ("sgd", 1e-3, 0.05)
+    assert settings(pretrained=True, epochs=199).lr == 1e-2  # 49,750 iterations
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_short_runs_share_adamw_and_medium_ones_sgd(pretrained):
+    short = settings(pretrained=pretrained, epochs=19, iterations=100)
+    assert (short.optimizer, short.lr, short.weight_decay, short.warm_up) == ("adamw", 2e-3, 3e-5, 0)
+    medium = settings(pretrained=pretrained, epochs=20, iterations=100)
+    assert (medium.optimizer, medium.lr, medium.warm_up) == ("sgd", 1e-2, 0)
+
+
+def test_asking_for_sgd_in_a_short_run_gives_nnunets_rate():
+    assert settings(epochs=20, iterations=50, optimizer="sgd").lr == 1e-2
+
+
+def test_the_small_plan_without_a_gpu_has_a_short_schedule():
+    assert settings(budget="cpu", device="cpu").total_iterations == 1500
+    assert settings(budget="cpu", device="cuda").epochs == 1000
+    assert settings(budget="full", device="cpu").epochs == 1000
+
+
+def test_every_value_has_an_origin():
+    resolved = resolve({"lr": "0.005", "epochs": "3"}, budget="cpu", device="cpu", pretrained=False)
+    origins = {key: origin for key, _, origin in resolved.rows()}
+    assert set(origins) == {f"train.{key}" for key in KEYS}
+    assert origins["train.lr"] == origins["train.epochs"] == "flag"
+    assert origins["train.iterations"] == origins["train.optimizer"] == "rule"
+    assert origins["train.weight_decay"] == "default"
+    assert resolved.settings.lr == 0.005
+
+
+def test_everything_wrong_is_named_at_once():
+    with pytest.raises(SettingsError) as caught:
+        settings(epoch=3, lr="fast", iterations=0)
+    message = str(caught.value)
+    assert "train.epoch: no such setting" in message
+    assert "train.lr" in message
+    assert "train.iterations" in message
+    assert "train.max_minutes" in message  # the list of what there is
+    assert caught.value.exit_code == 2
+
+
+def test_the_rate_rises_then_falls_to_zero():
+    chosen = settings(warm_up=0.1, lr=1.0, optimizer="sgd")
+    assert learning_rate(chosen, 0.0) == 0
+    assert learning_rate(chosen, 0.05) == pytest.approx(0.5)
+    assert learning_rate(chosen, 0.1) == pytest.approx(1.0)
+    assert learning_rate(chosen, 0.55) == pytest.approx(0.5**0.9)
+    assert learning_rate(chosen, 1.0) == 0
