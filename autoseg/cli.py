@@ -296,9 +296,7 @@ def evaluate(
     from autoseg import commands
     from autoseg.evaluate import print_evaluation
 
-    result = commands.evaluate(
-        predictions, references, dataset, tolerance_mm=tolerance_mm, workers=workers, root=root
-    )
+    result = commands.evaluate(predictions, references, dataset, tolerance_mm=tolerance_mm, workers=workers, root=root)
     print_evaluation(result)
 
 

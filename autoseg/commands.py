@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planners import paths
+from planners.errors import DatasetError, SettingsError
 
 if TYPE_CHECKING:
     from autoseg.evaluate import Evaluation
@@ -94,21 +95,24 @@ def plan_and_preprocess(
     Raises DatasetError when verification finds errors; nothing is planned then.
     """
     paths.configure(root)
-    from planners.dataset import load_dataset
-    from planners.errors import DatasetError
-    from planners.fingerprint import fingerprint
+    # What can be wrong with the options is said before anything heavy is imported.
     from planners.intensity import parse_scheme
+
+    decided = {
+        "spacing": _triple(spacing) if spacing is not None else None,
+        "patch_size": tuple(int(n) for n in patch_size) if patch_size is not None else None,
+        "gpu_memory_gb": _gpu_memory(gpu_memory_gb),
+        "intensity": tuple(parse_scheme(text) for text in intensity) if intensity is not None else None,
+    }
+    paths.resolve_dataset(dataset)
+    from planners.dataset import load_dataset
+    from planners.fingerprint import fingerprint
     from planners.planner import Overrides, plan_dataset
     from planners.plans import default_configuration
     from planners.preprocess import preprocess_dataset
     from planners.verify import verify_dataset
 
-    overrides = Overrides(
-        spacing=_triple(spacing) if spacing is not None else None,
-        patch_size=tuple(int(n) for n in patch_size) if patch_size is not None else None,
-        gpu_memory_gb=_gpu_memory(gpu_memory_gb),
-        intensity=tuple(parse_scheme(text) for text in intensity) if intensity is not None else None,
-    )
+    overrides = Overrides(**decided)
     loaded = load_dataset(dataset)
     errors = [problem for problem in verify_dataset(loaded.name, workers=workers) if problem.severity == "error"]
     if errors:
@@ -129,6 +133,10 @@ def pretrain(dataset: int | str, *, method: str, root: str | Path | None = None,
     Returns the folder of the encoder.
     """
     paths.configure(root)
+    paths.resolve_dataset(dataset)
+    from pretrain.catalog import entry
+
+    entry(method)
     from pretrain.loop import pretrain as run
 
     return run(dataset, method=method, **options)
@@ -137,6 +145,7 @@ def pretrain(dataset: int | str, *, method: str, root: str | Path | None = None,
 def train(dataset: int | str, *, root: str | Path | None = None, **options: Any) -> list[Path]:
     """Train folds of a segmentation model; options as in `trainers.train.train`. Returns the folders of the folds."""
     paths.configure(root)
+    paths.resolve_dataset(dataset)
     from trainers.train import train as run
 
     return run(dataset, **options)
@@ -147,6 +156,10 @@ def predict(
 ) -> PredictionSummary:
     """Segment a folder of scans or one scan; options as in `trainers.predict.predict`."""
     paths.configure(root)
+    if not Path(inputs).exists():
+        raise DatasetError(
+            "No such scan or folder", where=inputs, remedy="give a folder of scans, or one scan, with -i"
+        )
     from trainers.predict import predict as run
 
     return run(Path(inputs), Path(output), **options)
@@ -183,8 +196,6 @@ def methods() -> tuple[str, ...]:
 
 
 def _triple(spacing: Sequence[float]) -> tuple[float, float, float]:
-    from planners.errors import SettingsError
-
     values = tuple(float(s) for s in spacing)
     if len(values) != 3 or min(values) <= 0:
         raise SettingsError("A target spacing is three positive lengths in mm", found=values, expected="Z,Y,X")
@@ -192,8 +203,6 @@ def _triple(spacing: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _gpu_memory(asked: float | str) -> float:
-    from planners.errors import SettingsError
-
     if asked == "auto":
         import torch
 
