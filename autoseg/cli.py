@@ -122,7 +122,7 @@ def plan_and_preprocess(
     _begin(root)
     from autoseg import commands, console
 
-    pair = commands.plan_and_preprocess(
+    commands.plan_and_preprocess(
         dataset,
         configurations=configuration,
         spacing=_numbers(spacing, "--spacing", float),
@@ -131,9 +131,9 @@ def plan_and_preprocess(
         intensity=intensity.split() if intensity else None,
         plan_name=plan_name,
         workers=workers,
+        on_planned=console.print_plans,
         root=root,
     )
-    console.print_plans(pair)
     print(f"Next: autoseg pretrain -d {dataset} --method voco   or   autoseg train -d {dataset}")
 
 

@@ -5,7 +5,7 @@ Every function takes `root`, the data root (`planners.paths.configure`), and rai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,7 @@ def plan_and_preprocess(
     intensity: Sequence[str] | None = None,
     plan_name: str | None = None,
     workers: int | None = None,
+    on_planned: Callable[[PlannedPair], None] | None = None,
     root: str | Path | None = None,
 ) -> PlannedPair:
     """Verify a dataset, decide both of its plans and preprocess it.
@@ -91,6 +92,7 @@ def plan_and_preprocess(
         gpu_memory_gb: memory the full plan may use; "auto": what the GPU has, at most 24.
         intensity: one scheme a channel instead of the rule's (`planners.intensity.SCHEMES`).
         plan_name: a tag for plans that differ from ones something was trained from.
+        on_planned: called with the plans before the cases are preprocessed, which may take hours.
 
     Raises DatasetError when verification finds errors; nothing is planned then.
     """
@@ -122,6 +124,8 @@ def plan_and_preprocess(
             remedy=f"autoseg verify -d {loaded.id} lists them all, each with its remedy",
         )
     pair = plan_dataset(loaded, fingerprint(loaded, workers=workers), overrides, tag=plan_name)
+    if on_planned is not None:
+        on_planned(pair)
     wanted = list(configurations) if configurations else [default_configuration(pair.full)]
     preprocess_dataset(loaded.name, pair.full["plans_name"], wanted, workers=workers)
     return pair

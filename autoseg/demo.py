@@ -38,8 +38,7 @@ def run_demo(root: Path) -> Path:
     logger.info("Wrote %s", raw)
 
     _heading(2, "autoseg plan_and_preprocess -d 17")
-    pair = commands.plan_and_preprocess(17, root=root)
-    print_plans(pair)
+    pair = commands.plan_and_preprocess(17, on_planned=print_plans, root=root)
     plan = pair.cpu["plans_name"]
 
     _heading(3, f"autoseg pretrain -d 17 --method voco --preset cpu --steps {_PRETRAIN_STEPS} -p {plan}")
