@@ -130,6 +130,8 @@ def scans_in_folder(folder: str | Path, channels: int, file_ending: str | None =
     if not files:
         raise DatasetError("No scan found", where=folder, expected=f"files ending in {', '.join(endings)}")
 
+    if not any(split_ending(path)[1] for path in files):
+        channels = _files_per_case(folder if folder.is_dir() else folder.parent, channels, endings[-1])
     cases, problems = _group(files, channels, endings)
     if problems:
         raise DatasetError(
@@ -187,6 +189,7 @@ def _cases_in_layout(images: Path, channels: int, ending: str, labels: Path | No
     """Cases of nnU-Net's layout by name; their images are the expected ones, whether or not each exists."""
     stems = (split_ending(path, [ending])[0] for path in _files(images) if path.name.endswith(ending))
     names = sorted({match.group(1) for stem in stems if (match := _CHANNEL.fullmatch(stem))})
+    channels = _files_per_case(images, channels, ending)
     return tuple(
         Case(
             name,
@@ -195,6 +198,12 @@ def _cases_in_layout(images: Path, channels: int, ending: str, labels: Path | No
         )
         for name in names
     )
+
+
+def _files_per_case(folder: Path, channels: int, ending: str) -> int:
+    """As many as channels, but one for natural images that hold their colours in one file, as nnU-Net reads them."""
+    colours_inside = ending not in IMAGE_ENDINGS and not any(folder.glob(f"*_0001{ending}"))
+    return 1 if colours_inside else channels
 
 
 def _listed_cases(entries: Any, folder: Path, json_path: Path) -> tuple[Case, ...]:

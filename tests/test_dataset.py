@@ -164,3 +164,10 @@ def test_an_empty_folder_says_what_it_looked_for(tmp_path):
 )
 def test_a_remap_is_undone_unless_it_merged(remap, back):
     assert original_labels({"autoseg": {"remap": remap}}) == back
+
+
+def test_natural_images_hold_their_colours_in_one_file(raw):
+    write_description(raw, channel_names={"0": "red", "1": "green", "2": "blue"}, file_ending=".png")
+    touch(raw, "imagesTr/a_0000.png", "labelsTr/a.png", "scans/b_0000.png")
+    assert load_dataset(17).cases[0].images == (raw / "imagesTr/a_0000.png",)
+    assert [case.name for case in scans_in_folder(raw / "scans", 3, ".png")] == ["b"]

@@ -185,3 +185,23 @@ def test_a_case_that_kills_its_worker_is_named_and_the_others_are_checked(folder
     monkeypatch.setattr(verify, "_check_case", die_on_the_second_case)
     (problem,) = verify_dataset(DATASET, workers=1)
     assert (problem.kind, problem.case, problem.severity) == ("unreadable", "case_01", "error")
+
+
+def test_colour_photographs_are_verified_without_geometry(tmp_path):
+    paths.configure(tmp_path)
+    folder = paths.raw("Dataset902_Photographs")
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, labels in (("a", (0, 1)), ("b", (0, 3))):
+        colours = SimpleITK.GetImageFromArray(rng.integers(0, 255, (13, 17, 3), dtype=np.uint8), isVector=True)
+        SimpleITK.WriteImage(colours, str(folder / f"imagesTr/{name}_0000.png"))
+        mask = SimpleITK.GetImageFromArray(rng.choice(labels, (13, 17)).astype(np.uint8))
+        SimpleITK.WriteImage(mask, str(folder / f"labelsTr/{name}.png"))
+    content = {
+        "channel_names": {"0": "R", "1": "G", "2": "B"},
+        "labels": {"background": 0, "cell": 1},
+        "file_ending": ".png",
+    }
+    (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": 2}))
+    assert [(p.kind, p.case) for p in verify_dataset(902)] == [("undeclared labels", "b")]
