@@ -91,6 +91,23 @@ def test_validation_is_written_as_nnunet_writes_it(tiny):
     assert ours == theirs
 
 
+def test_an_interrupted_validation_continues_with_the_missing_case(tiny, caplog):
+    fold = short_train()
+    first = next((fold / "validation").glob("*.nii.gz"))
+    kept = first.stat().st_mtime_ns
+    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    (fold / "validation" / "summary.json").unlink()
+    caplog.set_level("INFO", logger="autoseg")
+    short_train()
+    assert first.stat().st_mtime_ns == kept
+    assert "Epoch" not in caplog.text
+    assert json.loads((fold / "validation" / "summary.json").read_text()) == summary
+
+    os.utime(first, ns=(0, 0))  # older than the weights: from a training before
+    train(901, plan="tinyPlans", device="cpu", validation_only=True)
+    assert first.stat().st_mtime_ns > 0
+
+
 def test_continuing_after_a_kill_equals_training_straight_through(tiny, monkeypatch):
     straight = weights(short_train(run="straight"))
     killed = base.AutosegTrainer.on_epoch_end
@@ -288,6 +305,15 @@ def test_signals_cannot_be_caught_in_a_thread_and_training_runs_all_the_same(tin
     thread.start()
     thread.join()
     assert done
+
+
+def test_the_configuration_is_shown_without_training(tiny, caplog):
+    caplog.set_level("INFO", logger="autoseg")
+    assert train(901, plan="tinyPlans", device="cpu", settings={"epochs": "3"}, show_config=True) == []
+    lines = [record.getMessage().split() for record in caplog.records]
+    assert ["train.epochs", "3", "flag"] in lines
+    assert ["train.weight_decay", "3e-05", "default"] in lines
+    assert not paths.results(DATASET).exists()
 
 
 def test_all_cases_can_be_trained_on(tiny):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from planners.errors import DatasetError, SettingsError
 from planners.files import copy_file, write_json
+from planners.interruption import stop_signal
 from planners.progress import duration
 from planners.quiet import nnunet_quiet
 from pretrain.encoders import encoder_of
@@ -29,7 +30,6 @@ from pretrain.networks.registry import build_network
 from pretrain.transfer import TransferReport, transfer
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.data import SafeDataset, environment, loader_workers, seed_all
-from trainers.interruption import stop_signal
 from trainers.journal import Journal
 from trainers.label_names import class_names
 from trainers.runs import BEST, FINAL, LATEST, options_of, run_folder_name

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from planners.dataset import Case, channel_names, original_labels, scans_in_folder
+from planners.device import choose_device
 from planners.errors import AutosegError, CasesFailed, SettingsError
 from planners.files import read_json, replacing, write_json
 from planners.paths import resolve_dataset
 from planners.preprocess import preprocess_case
 from planners.progress import track
-from trainers.device import choose_device
 from trainers.label_names import write_viewer_files
 from trainers.predictor import AutosegPredictor
 from trainers.runs import choose_model

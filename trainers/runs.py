@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,18 +12,6 @@ from planners.paths import results
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 SCRATCH = "scratch"
 """On the command line: the run without a name, which trains from new weights."""
-_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
-
-
-def check_run_name(run: str) -> str:
-    if _RUN.fullmatch(run) is None:
-        raise SettingsError(
-            "Not a name for a run",
-            found=run,
-            expected="letters, digits, '.' and '-', beginning with a letter or digit",
-            remedy="choose another with --run",
-        )
-    return run
 
 
 def run_folder_name(trainer_name: str, run: str | None) -> str:

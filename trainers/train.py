@@ -15,19 +15,19 @@ import torch
 
 from planners import plans
 from planners.dataset import load_dataset
+from planners.device import choose_device
 from planners.errors import PlanError, SettingsError
 from planners.files import write_json
 from planners.paths import resolve_dataset
 from planners.preprocess import is_preprocessed, preprocess_dataset
 from planners.quiet import nnunet_quiet
+from planners.run_names import check_run_name
 from pretrain.networks.registry import check_architecture
 from trainers.base import AutosegTrainer
-from trainers.device import choose_device
 from trainers.runs import (
     FINAL,
     LATEST,
     SCRATCH,
-    check_run_name,
     describe,
     options_of,
     run_folder,
@@ -84,6 +84,7 @@ def train(
     overwrite: bool = False,
     validation_only: bool = False,
     allow_partial: bool = False,
+    show_config: bool = False,
 ) -> list[Path]:
     """Train folds of a dataset in turn; returns their folders.
 
@@ -97,6 +98,7 @@ def train(
         overwrite: train these folds again from the start.
         validation_only: predict and measure the validation cases of finished folds again where masks are missing.
         allow_partial: accept an encoder whose pretraining is not finished.
+        show_config: only say what would be trained: every setting, its value and where it came from.
     """
     job = prepare(
         dataset,
@@ -110,6 +112,10 @@ def train(
         overwrite=overwrite,
         allow_partial=allow_partial,
     )
+    if show_config:
+        for setting, value, origin in job.rows():
+            logger.info("%-24s %-24s %s", setting, value, origin)
+        return []
     if validation_only or not all(_is_finished(job.folder / f"fold_{fold}") for fold in job.folds) or overwrite:
         _say_what_will_happen(job)
     if not is_preprocessed(job.dataset_name, job.plan, job.configuration):
