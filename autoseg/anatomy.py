@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-SHAPE = (40, 88, 112)  # (z, y, x)
-SLICE_MM = 5.0
-PLANE_MM = 3.0  # for a body of standard width; larger bodies get a larger field of view
+SHAPE = (34, 98, 124)  # (z, y, x)
+SLICE_MM = 6.0
+PLANE_MM = 2.7  # for a body of standard width; larger bodies get a larger field of view
 
 SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, GALLBLADDER, OESOPHAGUS, LIVER, STOMACH = range(1, 8)
 AORTA, VENA_CAVA, VEINS, PANCREAS, RIGHT_ADRENAL, LEFT_ADRENAL = range(8, 14)
@@ -282,6 +282,7 @@ def _kidneys(body: _Body, rng: np.random.Generator) -> None:
         free = kidney | (body.labels == 0)
         body.paint(vessel & free, body.vein_hu)
         body.paint(pelvis & free, 25)
+        body.inside = body.inside & ~kidney  # its sinus is not room for liver or spleen
 
 
 def _liver_and_gallbladder(body: _Body, rng: np.random.Generator) -> None:
@@ -328,7 +329,7 @@ def _stomach_and_spleen(body: _Body, rng: np.random.Generator) -> None:
     stomach &= free
     body.paint(stomach, 70, STOMACH)
     body.paint(stomach & lumen, _mottled(body, rng, rng.uniform(10, 35), 8), STOMACH)
-    air_level = rng.uniform(-58, -38)  # the patient lies on the back: gas rises to the front
+    air_level = rng.uniform(-66, -50)  # the patient lies on the back: gas rises to the front
     body.paint(stomach & lumen & (body.y < air_level), -960, STOMACH)
 
     course = [(5, 34, 115), (8, 30, 80), (16, 22, 58), (30, 12, 46)]
