@@ -258,14 +258,17 @@ def _unused_labels(dataset: Dataset, reports: dict[str, _CaseReport]) -> list[Pr
     seen = {int(value) for report in reports.values() for value in report.values if float(value).is_integer()}
     if not seen:
         return []
-    problems = []
-    for name, value in dataset.labels.items():
-        values = value if isinstance(value, tuple) else (value,)
-        if name not in ("background", "ignore") and seen.isdisjoint(values):
-            found = f"no voxel of {name} ({_listed(values)}) in any case"
-            remedy = "check the values in the label files, or remove the label"
-            problems.append(Problem("unused label", "warning", "", "dataset.json", found, "at least one case", remedy))
-    return problems
+    unused = [
+        f"{name} ({_listed(values)})"
+        for name, value in dataset.labels.items()
+        for values in [value if isinstance(value, tuple) else (value,)]
+        if name not in ("background", "ignore") and seen.isdisjoint(values)
+    ]
+    if not unused:
+        return []
+    found = f"{len(unused)} without a voxel in any case: {', '.join(unused[:10])}" + (", …" if len(unused) > 10 else "")
+    remedy = "check the values in the label files, or remove the labels"
+    return [Problem("unused label", "warning", "", "dataset.json", found, "at least one case each", remedy)]
 
 
 def _not_checked(name: str, outcome: Outcome) -> Problem:
