@@ -209,6 +209,7 @@ class _Attack:
 
 def test_a_checkpoint_that_runs_code_is_refused(trained, copied, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # the loader alone must refuse
     file = copied / "fold_0" / "checkpoint_final.pth"
     for write in (
         lambda: torch.save({"network_weights": _Attack()}, file),

@@ -52,6 +52,9 @@ def test_other_input_channels_keep_the_response_to_equal_channels(old, new):
     report = transfer(short_names(source), target)
     image = torch.randn(1, 1, 8, 24, 20)
     assert [rule for _, rule in report.adapted] == [f"input channels {old} to {new} by the sum, spread evenly"]
+    weight, adapted = (e.stem.convs[0].conv.weight for e in (source, target))
+    assert torch.allclose(weight.sum(1), adapted.sum(1), atol=1e-6)
+    assert torch.allclose(adapted, adapted[:, :1].expand_as(adapted))
     # the sum over old channels answers to the same image in each of them
     expected = source(image.expand(-1, old, -1, -1, -1))[-1]
     assert torch.allclose(target(image.expand(-1, new, -1, -1, -1))[-1], expected, atol=1e-4)

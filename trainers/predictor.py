@@ -25,7 +25,7 @@ from torch import Tensor
 from planners.errors import DatasetError, PlanError
 from planners.files import read_json
 from planners.quiet import nnunet_quiet
-from pretrain.networks.registry import build_network, check_architecture
+from pretrain.networks.registry import build_network
 from pretrain.transfer import distinct
 from trainers.checkpoint import load_checkpoint
 from trainers.runs import FINAL, finished_folds
@@ -84,9 +84,6 @@ class AutosegPredictor(nnUNetPredictor):
 
     def initialize_from_parts(self, plan: dict, dataset_json: dict, checkpoints: Sequence[dict]) -> None:
         """Build the network of a plan and take the weights of one or several checkpoints (one a fold)."""
-        for configuration in plan["configurations"].values():
-            if "architecture" in configuration:
-                check_architecture(configuration["architecture"])
         first = checkpoints[0]
         manager = PlansManager(plan)
         settings = manager.get_configuration(first["init_args"]["configuration"])
