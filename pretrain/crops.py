@@ -1,0 +1,80 @@
+"""Cutting and changing crops, as several methods do it: numpy arrays (channels, *space), all randomness from a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from pretrain.volumes import Plane, Volume
+
+T = TypeVar("T")
+_MODES = {2: "bilinear", 3: "trilinear"}
+
+
+def read_window(
+    volume: Volume | Plane, start: Sequence[int], size: Sequence[int]
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """A window that may reach over the border; what lies outside is filled with the smallest value of each channel inside.
+
+    Returns:
+        voxels (channels, *size), and the part that lies inside the scan, [first, last) on each axis of the window.
+    """
+    first = [max(0, s) for s in start]
+    last = [min(n, s + w) for n, s, w in zip(volume.info.shape, start, size, strict=True)]
+    inside = volume.read(first, [b - a for a, b in zip(first, last, strict=True)])
+    valid = [(a - s, b - s) for a, b, s in zip(first, last, start, strict=True)]
+    if all(low == 0 and high == w for (low, high), w in zip(valid, size, strict=True)):
+        return inside, valid
+    window = np.empty((len(inside), *size), np.float32)
+    window[...] = inside.reshape(len(inside), -1).min(1).reshape(-1, *[1] * len(size))
+    box = (slice(None), *(slice(low, high) for low, high in valid))
+    window[box] = inside
+    return window, valid
+
+
+def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Linear interpolation of (channels, *space) to `size`; the borders of the first and last voxels stay where they are."""
+    if tuple(image.shape[1:]) == tuple(size):
+        return image
+    tensor = torch.from_numpy(np.ascontiguousarray(image))[None]
+    return interpolate(tensor, size=tuple(size), mode=_MODES[len(size)], align_corners=False)[0].numpy()
+
+
+def best_of(tries: int, make: Callable[[], tuple[T, float]], enough: float) -> tuple[T, float]:
+    """Call `make` until its score is `enough`, at most `tries` times; the result with the highest score."""
+    best, score = make()
+    for _ in range(tries - 1):
+        if score >= enough:
+            break
+        other, its_score = make()
+        if its_score > score:
+            best, score = other, its_score
+    return best, score
+
+
+def mirrored(crop: np.ndarray, rng: np.random.Generator, probability: float) -> np.ndarray:
+    """Mirror (channels, *space) along each axis independently."""
+    axes = tuple(1 + axis for axis in range(crop.ndim - 1) if rng.random() < probability)
+    return np.flip(crop, axes) if axes else crop
+
+
+def turned(crop: np.ndarray, rng: np.random.Generator, probability: float, spacing: Sequence[float]) -> np.ndarray:
+    """Turn (channels, *space) by 90, 180 or 270 degrees in the plane of the last two axes.
+
+    Only where both have the same size and spacing: else the crop would change its shape or its voxels theirs.
+    """
+    exchangeable = crop.shape[-1] == crop.shape[-2] and abs(spacing[-1] - spacing[-2]) <= 0.01 * spacing[-1]
+    if not exchangeable or rng.random() >= probability:
+        return crop
+    return np.rot90(crop, int(rng.integers(1, 4)), axes=(-2, -1))
+
+
+def shifted(crop: np.ndarray, rng: np.random.Generator, probability: float, most: np.ndarray) -> np.ndarray:
+    """Add one number a channel, uniform in ±`most` (channels,)."""
+    if rng.random() >= probability:
+        return crop
+    return crop + (rng.uniform(-1, 1, len(most)) * most).astype(np.float32).reshape(-1, *[1] * (crop.ndim - 1))

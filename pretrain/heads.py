@@ -1,0 +1,37 @@
+"""Small modules on top of an encoder that several methods use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PooledStages(nn.Module):
+    """The mean over space of the output of every encoder stage, one after the other.
+
+    (N, channels, *space) → (N, D), D = sum of the channels of all stages. For 2D and 3D encoders alike.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([skip.float().flatten(2).mean(2) for skip in self.encoder(images)], dim=1)
+
+
+def projector(features: int, hidden: int) -> nn.Sequential:
+    """Three linear layers of width `hidden` with batch statistics between them: (N, features) → (N, hidden).
+
+    The norm has no parameters and keeps no running statistics, so training and evaluation compute the same; the last layer
+    is not normalised (Luffy03/Large-Scale-Medical:Self-supervised/models/voco_head.py).
+    """
+    return nn.Sequential(
+        nn.Linear(features, hidden),
+        nn.BatchNorm1d(hidden, affine=False, track_running_stats=False),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, hidden),
+        nn.BatchNorm1d(hidden, affine=False, track_running_stats=False),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, hidden),
+    )
