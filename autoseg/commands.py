@@ -100,12 +100,9 @@ def plan_and_preprocess(
     # What can be wrong with the options is said before anything heavy is imported.
     from planners.intensity import parse_scheme
 
-    decided = {
-        "spacing": _triple(spacing) if spacing is not None else None,
-        "patch_size": tuple(int(n) for n in patch_size) if patch_size is not None else None,
-        "gpu_memory_gb": _gpu_memory(gpu_memory_gb),
-        "intensity": tuple(parse_scheme(text) for text in intensity) if intensity is not None else None,
-    }
+    target_spacing = None if spacing is None else _triple(spacing)
+    memory_gb = _gpu_memory(gpu_memory_gb)
+    schemes = None if intensity is None else tuple(parse_scheme(text) for text in intensity)
     paths.resolve_dataset(dataset)
     from planners.dataset import load_dataset
     from planners.fingerprint import fingerprint
@@ -114,7 +111,8 @@ def plan_and_preprocess(
     from planners.preprocess import preprocess_dataset
     from planners.verify import verify_dataset
 
-    overrides = Overrides(**decided)
+    patch = None if patch_size is None else tuple(int(n) for n in patch_size)
+    overrides = Overrides(target_spacing, patch, memory_gb, schemes)
     loaded = load_dataset(dataset)
     errors = [problem for problem in verify_dataset(loaded.name, workers=workers) if problem.severity == "error"]
     if errors:

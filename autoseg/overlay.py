@@ -37,9 +37,9 @@ def draw_overlay(images: Path, masks: Path, references: Path, dataset_json: Path
         predicted = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(masks / f"{name}{ending}")))
         reference = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(references / f"{name}{ending}")))
         low, high = (
-            np.percentile(voxels[reference > 0], (1, 99)) if (reference > 0).any() else np.percentile(voxels, (1, 99))
+            np.percentile(voxels[reference > 0], (5, 95)) if (reference > 0).any() else np.percentile(voxels, (5, 95))
         )
-        margin = 0.6 * (high - low)
+        margin = 0.8 * (high - low)
         axial = int(np.argmax([len(np.unique(plane)) for plane in reference]))
         coronal = int(np.argmax([len(np.unique(reference[:, y])) for y in range(reference.shape[1])]))
         panels = (

@@ -89,9 +89,8 @@ def _anisotropy(configuration: Mapping, plan: Mapping) -> Decision:
             f"; the network has {leading} in-plane stages, more than DA, because there are too few slices to halve"
         )
     else:
-        because += (
-            f", so the first {degree} halvings leave the slices alone" if degree else ", so all axes are halved alike"
-        )
+        halvings = "first halving leaves" if degree == 1 else f"first {degree} halvings leave"
+        because += f", so the {halvings} the slices alone" if degree else ", so all axes are halved alike"
     cases = plan["autoseg"]["DA_cases"]
     if cases["min"] != cases["max"]:
         because += f" (raw cases: DA {cases['min']} to {cases['max']})"

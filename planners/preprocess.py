@@ -12,11 +12,10 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -26,6 +25,7 @@ from planners.dataset import Case, Dataset, load_dataset
 from planners.errors import CasesFailed, PlanError
 from planners.files import content_hash, copy_file, file_stamp, read_json, write_json
 from planners.fingerprint import estimated_case_bytes
+from planners.locks import waiting_lock
 from planners.plans import load_plan, preprocessing_hash, resolved
 from planners.progress import duration
 from planners.quiet import nnunet_quiet
@@ -123,7 +123,7 @@ def _preprocess_folder(
         logger.info("Using %s as nnU-Net preprocessed it", folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with waiting_lock(folder.with_name(f"{folder.name}.autoseg.lock"), f"preprocessing {folder}"):
         for leftover in folder.glob(".partial-*"):
             shutil.rmtree(leftover)
         wanted = _input_hashes(cases, plan, configuration, dataset.json)
@@ -252,21 +252,6 @@ def _marker(folder: Path) -> Path:
 
 def _journal(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.autoseg.partial.jsonl")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer a folder: parallel folds that start together preprocess once."""
-    lock = FileLock(folder.with_name(f"{folder.name}.autoseg.lock"))
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        logger.info("Another process is preprocessing %s; waiting for it", folder.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _case_bytes(dataset: Dataset, plan: dict, configuration: str) -> int:

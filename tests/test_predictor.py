@@ -131,6 +131,15 @@ def test_a_bad_scan_is_reported_at_the_end_and_the_others_finish(trained, tmp_pa
     assert len(list((tmp_path / "masks").glob("*.nii.gz"))) == 2
 
 
+def test_a_scan_that_was_cut_off_is_not_predicted_as_if_the_rest_were_air(trained, tmp_path):
+    scans = shutil.copytree(trained.scans, tmp_path / "scans")
+    whole = (scans / "case_06_0000.nii.gz").read_bytes()
+    (scans / "case_06_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CasesFailed, match="case_06"):
+        predict(scans, tmp_path / "masks", dataset=901, device="cpu", folds=(0,))
+    assert not (tmp_path / "masks" / "case_06.nii.gz").exists()
+
+
 def test_one_file_can_be_predicted_and_probabilities_kept(trained, tmp_path):
     scan = trained.scans / "case_06_0000.nii.gz"
     summary = predict(scan, tmp_path, dataset=901, device="cpu", folds=(0,), save_probabilities=True)

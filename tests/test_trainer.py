@@ -12,6 +12,7 @@ import torch
 
 from planners import paths
 from planners.errors import PlanError, PretrainedMismatch, SettingsError, UnsafeFile
+from planners.locks import sole_lock
 from pretrain.checkpoint import EncoderCard, encoder_folder, save_encoder
 from pretrain.encoders import build_segmentation_network, encoder_of
 from tests.tiny import DATASET, dataset_json, tiny_plan, write_tiny_dataset, write_tiny_plan
@@ -58,7 +59,7 @@ def weights(fold):
 def test_a_run_leaves_nnunets_files_a_record_and_nothing_else(tiny):
     fold = short_train()
     assert fold.parent.name == "AutosegTrainer__tinyPlans__3d_fullres"
-    assert {p.name for p in fold.parent.iterdir()} == {"plans.json", "dataset.json", "fold_0"}
+    assert {p.name for p in fold.parent.iterdir()} == {"plans.json", "dataset.json", "fold_0", ".fold_0.lock"}
     there = {p.name for p in fold.iterdir() if not p.name.startswith("training_log")}
     assert there == {
         "checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "progress.csv", "tensorboard", "validation",
@@ -181,6 +182,16 @@ def test_repeating_a_finished_run_does_nothing(tiny, caplog):
     assert short_train(settings={}) == fold
     assert "is finished" in caplog.text
     assert (fold / "checkpoint_final.pth").stat().st_mtime_ns == stamp
+
+
+def test_two_processes_cannot_train_the_same_fold(tiny):
+    folder = short_train(settings={"epochs": 1, "iterations": 1}).parent
+    with (
+        sole_lock(folder / ".fold_0.lock", "training fold 0 of this run"),
+        pytest.raises(SettingsError, match="Another process is training fold 0"),
+    ):
+        short_train(settings={"epochs": 1, "iterations": 1}, overwrite=True)
+    assert (folder / "fold_0" / "checkpoint_final.pth").is_file()
 
 
 def test_an_existing_run_keeps_its_options_and_refuses_others(tiny):

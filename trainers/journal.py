@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from planners.files import replacing
 from planners.progress import duration
 
+_LISTED_STRUCTURES = 4
 _SECONDS_BETWEEN_PLOTS = 30.0  # nnU-Net's picture takes most of a second, as long as a short epoch
 
 
@@ -39,11 +40,18 @@ class Journal:
         if is_last or time.monotonic() - self._plotted > _SECONDS_BETWEEN_PLOTS:
             log.plot_progress_png(str(self.folder))
             self._plotted = time.monotonic()
-        classes = ", ".join(f"{name} {newest[f'dice_{name}']:.2f}" for name in self.class_names)
         return (
             f"loss {newest['train_loss']:.3f}, validation loss {newest['validation_loss']:.3f}, "
-            f"Dice of patches {newest['dice']:.3f} ({classes}), rate {newest['lr']:.1e}, {duration(newest['seconds'])}"
+            f"Dice of patches {newest['dice']:.3f} ({self._classes(newest)}), "
+            f"rate {newest['lr']:.1e}, {duration(newest['seconds'])}"
         )
+
+    def _classes(self, row: dict[str, float]) -> str:
+        """Dice of each structure, or the range where a line would not hold them (`progress.csv` does)."""
+        values = {name: row[f"dice_{name}"] for name in self.class_names}
+        if len(values) > _LISTED_STRUCTURES:
+            return f"{len(values)} structures from {min(values.values()):.2f} to {max(values.values()):.2f}"
+        return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
 
     def close(self) -> None:
         self._tensorboard.close()

@@ -7,6 +7,7 @@ absent in both → not applicable (None); present in only one → Dice 0, NSD 0,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,19 +88,17 @@ def _structure(
         return {"dice": None, "nsd": None, "hd95_mm": None, **flags}
     if not in_prediction or not in_reference:
         return {"dice": 0.0, "nsd": 0.0, "hd95_mm": diagonal_mm, **flags}
-    overlap = int(np.count_nonzero(predicted & true))
-    dice = 2 * overlap / (int(np.count_nonzero(predicted)) + int(np.count_nonzero(true)))
-    nsd, hd95_mm = _surface_metrics(predicted, true, spacing_mm, tolerance_mm)
+    dice, nsd, hd95_mm = _overlap_and_surface(predicted, true, spacing_mm, tolerance_mm)
     return {"dice": dice, "nsd": nsd, "hd95_mm": hd95_mm, **flags}
 
 
-def _surface_metrics(
+def _overlap_and_surface(
     predicted: np.ndarray, true: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float
-) -> tuple[float, float]:
-    """NSD and HD95 (mm) of two masks that are not empty."""
+) -> tuple[float, float, float]:
+    """Dice, NSD and HD95 (mm) of two masks that are not empty."""
     # monai.metrics takes seconds to import.
     import torch
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+    from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 
     union = np.argwhere(predicted | true)
     # One voxel more, so that a surface at the box's edge is a surface.
@@ -107,8 +106,11 @@ def _surface_metrics(
     one, two = (torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (predicted, true))
     spacing = [float(s) for s in spacing_mm]
     # Without subvoxels every surface voxel weighs the same, whatever the spacing.
-    nsd = compute_surface_dice(
-        one, two, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing, use_subvoxels=True
-    )
-    hd95 = compute_hausdorff_distance(one, two, include_background=True, percentile=95, spacing=spacing)
-    return float(nsd), float(hd95)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # monai's own use of an argument it deprecates
+        nsd = compute_surface_dice(
+            one, two, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing, use_subvoxels=True
+        )
+        hd95 = compute_hausdorff_distance(one, two, include_background=True, percentile=95, spacing=spacing)
+    dice = compute_dice(one, two, include_background=True)
+    return float(dice), float(nsd), float(hd95)

@@ -14,6 +14,7 @@ from planners.dataset import Case, channel_names, original_labels, scans_in_fold
 from planners.device import choose_device
 from planners.errors import AutosegError, CasesFailed, SettingsError
 from planners.files import read_json, replacing, write_json
+from planners.geometry import read_voxels
 from planners.paths import resolve_dataset
 from planners.preprocess import preprocess_case
 from planners.progress import track
@@ -144,6 +145,8 @@ def _model(
 
 
 def _predict_case(predictor: AutosegPredictor, case: Case, mask_file: Path, save_probabilities: bool) -> None:
+    for file in case.images:
+        _refuse_incomplete(file)
     image, _, properties = preprocess_case(
         case.images, None, predictor.plans_manager.plans, predictor.configuration_name, predictor.dataset_json
     )
@@ -162,6 +165,14 @@ def _predict_case(predictor: AutosegPredictor, case: Case, mask_file: Path, save
         mask = lookup[mask].astype(np.uint16 if lookup.max() > 255 else np.uint8)
     with replacing(mask_file) as temporary:
         predictor.plans_manager.image_reader_writer_class().write_seg(mask, str(temporary), properties)
+
+
+def _refuse_incomplete(file: Path) -> None:
+    """SimpleITK reads the missing end of a cut-off NIfTI file, and NaN in it, as zeros without a word."""
+    if file.name.endswith((".nii", ".nii.gz")):
+        voxels, _ = read_voxels(file)
+        if not np.isfinite(voxels).all():
+            raise ValueError("the scan holds values that are not finite")
 
 
 def _is_newer(file: Path, case: Case) -> bool:

@@ -18,6 +18,7 @@ from planners.dataset import load_dataset
 from planners.device import choose_device
 from planners.errors import PlanError, SettingsError
 from planners.files import write_json
+from planners.locks import sole_lock
 from planners.paths import resolve_dataset
 from planners.preprocess import is_preprocessed, preprocess_dataset
 from planners.quiet import nnunet_quiet
@@ -288,6 +289,11 @@ def _is_finished(fold_folder: Path) -> bool:
 
 def _train_fold(job: Job, fold: int | str, overwrite: bool, validation_only: bool) -> Path:
     folder = job.folder / f"fold_{fold}"
+    with sole_lock(job.folder / f".fold_{fold}.lock", f"training fold {fold} of this run"):
+        return _train_fold_alone(job, fold, folder, overwrite, validation_only)
+
+
+def _train_fold_alone(job: Job, fold: int | str, folder: Path, overwrite: bool, validation_only: bool) -> Path:
     if overwrite and not validation_only and folder.exists():
         shutil.rmtree(folder)
     final, latest = folder / FINAL, folder / LATEST
