@@ -170,7 +170,10 @@ def _predict_case(predictor: AutosegPredictor, case: Case, mask_file: Path, save
 def _refuse_incomplete(file: Path) -> None:
     """SimpleITK reads the missing end of a cut-off NIfTI file, and NaN in it, as zeros without a word."""
     if file.name.endswith((".nii", ".nii.gz")):
-        voxels, _ = read_voxels(file)
+        try:
+            voxels, _ = read_voxels(file)
+        except Exception as error:  # its reader raises many kinds for a broken file
+            raise ValueError(f"{file.name} cannot be read to its end: {error}") from error
         if not np.isfinite(voxels).all():
             raise ValueError("the scan holds values that are not finite")
 
