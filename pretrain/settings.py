@@ -1,4 +1,4 @@
-"""Settings of a method: typed values from what stands on the command line, and their description from the source."""
+"""Settings of a method or of training: typed values from what stands on the command line, and their description."""
 
 from __future__ import annotations
 
@@ -17,32 +17,30 @@ from planners.errors import SettingsError
 T = TypeVar("T")
 
 
-def configure(config: type[T], method: str, *layers: Mapping[str, Any]) -> T:
+def configure(config: type[T], prefix: str, *layers: Mapping[str, Any]) -> T:
     """A `config` from its defaults and `layers`, later ones winning. Texts are read as the field's type (`1,3,3`, `none`).
 
+    `prefix` is what stands before the settings' names on the command line (`voco` for `voco.grid`).
     Raises SettingsError listing every unknown name and unusable value.
     """
     names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     given = {name: value for layer in layers for name, value in layer.items()}
-    unknown = [f"{method}.{name}" for name in given if name not in names]
-    if unknown:
-        raise SettingsError(
-            f"{method} has no such setting",
-            found=", ".join(unknown),
-            expected=", ".join(f"{method}.{name}" for name in names),
-            remedy=f"autoseg methods {method} explains them",
-        )
+    problems = [f"{prefix}.{name}: no such setting" for name in given if name not in names]
+    known = {name: _from_text(value) for name, value in given.items() if name in names}
     try:
-        return TypeAdapter(config).validate_python({name: _from_text(value) for name, value in given.items()})
+        configured = TypeAdapter(config).validate_python(known)
     except ValidationError as error:
-        problems = [
-            f"{method}.{e['loc'][0] if e['loc'] else '?'}: {e['msg']}, not {e['input']!r}" for e in error.errors()
+        problems += [
+            f"{prefix}.{e['loc'][0] if e['loc'] else '?'}: {e['msg']}, not {e['input']!r}" for e in error.errors()
         ]
+    if problems:
         raise SettingsError(
-            f"{method} cannot use these settings",
+            "These settings cannot be used",
             found="\n            ".join(problems),
-            remedy=f"autoseg methods {method} explains them",
-        ) from error
+            expected=", ".join(f"{prefix}.{name}" for name in names),
+            remedy="--show-config lists them" if prefix == "train" else f"autoseg methods {prefix} explains them",
+        )
+    return configured
 
 
 def describe(config: type) -> dict[str, str]:

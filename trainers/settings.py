@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from planners.errors import SettingsError
+from pretrain.settings import configure
 
 LONG_ITERATIONS = 50_000
 """From here on a pretrained network is fine-tuned with a warm-up to a tenth of the rate."""
@@ -24,8 +24,6 @@ SHORT_ITERATIONS = 2_000
 @dataclass(frozen=True)
 class TrainSettings:
     """What `--set train.KEY=VALUE` can change. Saved with the run; all its folds share it."""
-
-    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # noqa: RUF012
 
     epochs: Annotated[int, Field(ge=1)] = 1000
     """Epochs; the learning rate reaches zero at the end, however short the run."""
@@ -57,7 +55,6 @@ class TrainSettings:
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(TrainSettings))
-_ADAPTER = TypeAdapter(TrainSettings)
 
 
 @dataclass(frozen=True)
@@ -106,19 +103,7 @@ def resolve(given: Mapping[str, Any], *, budget: str, device: str, pretrained: b
 
 def validated(values: Mapping[str, Any]) -> TrainSettings:
     """Settings from complete or partial values; SettingsError names all that is wrong with them."""
-    try:
-        return _ADAPTER.validate_python(dict(values))
-    except ValidationError as error:
-        problems = [
-            f"train.{'.'.join(map(str, e['loc'][:1]))}: "
-            + ("no such setting" if e["type"] == "unexpected_keyword_argument" else f"{e['msg']}, not {e['input']!r}")
-            for e in error.errors()
-        ]
-        raise SettingsError(
-            "Training cannot use these settings",
-            found="\n            ".join(problems),
-            expected="one of " + ", ".join(f"train.{key}" for key in KEYS),
-        ) from error
+    return configure(TrainSettings, "train", values)
 
 
 def learning_rate(settings: TrainSettings, progress: float) -> float:
