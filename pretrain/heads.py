@@ -1,4 +1,4 @@
-"""Small modules on top of an encoder that several methods use."""
+"""What stands on top of an encoder that several methods use."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ import torch
 from torch import Tensor, nn
 
 
-class PooledStages(nn.Module):
-    """The mean over space of the output of every encoder stage, one after the other.
+def pooled_stages(encoder: nn.Module, images: Tensor) -> Tensor:
+    """The mean over space of the output of every encoder stage, one after the other, in float32.
 
     (N, channels, *space) → (N, D), D = sum of the channels of all stages. For 2D and 3D encoders alike.
     """
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([skip.float().flatten(2).mean(2) for skip in self.encoder(images)], dim=1)
+    return torch.cat([skip.float().flatten(2).mean(2) for skip in encoder(images)], dim=1)
 
 
 def projector(features: int, hidden: int) -> nn.Sequential:

@@ -1,7 +1,7 @@
 """The one training loop of all pretraining methods, on Lightning Fabric: a CPU, a GPU, or several through torchrun or srun.
 
-The method is not wrapped: an own backward pass would break the reducer of torch's DistributedDataParallel. Gradients are averaged
-over the processes once a step instead.
+The method is not wrapped: an own backward pass would break the reducer of torch's DistributedDataParallel. Gradients are
+averaged over the processes once a step instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from planners.device import choose_device
 from planners.errors import AutosegError, PlanError, PretrainedMismatch
 from planners.interruption import stop_signal
 from planners.paths import resolve_dataset
-from planners.plans import choose_plan, default_configuration, load_plan
+from planners.plans import choose_plan, default_configuration, load_plan, resolved
 from planners.run_names import check_run_name
 from pretrain import distributed, runs
 from pretrain.batches import HELD_OUT, LEARNING, Batches, load, step_seed
@@ -103,6 +103,7 @@ def pretrain(
     torch_device = choose_device(device)
     plan_content = load_plan(name, choose_plan(name, plan, torch_device.type))
     configuration = configuration or default_configuration(plan_content)
+    resolved(plan_content, configuration)  # a PlanError now if there is no such configuration
     home = load_dataset(name)
     target = Target(plan_content, configuration, encoder_info(plan_content, configuration, home.json))
     _check_needs(method, needs.dims, needs.networks, target)
@@ -367,11 +368,14 @@ def _evaluate(
             for name, value in terms.items():
                 if value.ndim == 0:
                     sums.setdefault(name, []).append(float(value))
-        figure = run.method.picture(run.fabric.to_device(fixed[0])) if record is not None else None
+        figure = None
+        if record is not None and (run.step in (0, run.steps) or record.wants_picture):
+            figure = run.method.picture(run.fabric.to_device(fixed[0]))
     run.metrics = distributed.mean({k: sum(v) / len(v) for k, v in sums.items()}, run.fabric.device)
     set_training_mode(run.method, phase.stage)
     if record is not None:
-        record.draw(figure)
+        if figure is not None:
+            record.draw(figure)
         record.pause(time.monotonic() - began)
         rate = phase.stage.learning_rate * rate_factor(phase.stage, step) if rate is None else rate
         record.write(run.step, phase.stage.name, rate, None if norm is None else float(norm), run.metrics)

@@ -21,6 +21,7 @@ from planners.progress import duration
 logger = logging.getLogger("autoseg")
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BETWEEN_PICTURES = 30.0
 _RECENT_ROWS = 5
 
 
@@ -35,7 +36,7 @@ class Record:
         self._recent: deque[dict[str, float]] = deque(maxlen=_RECENT_ROWS)
         self._started, self._before = time.monotonic(), seconds
         self._since, self._since_step, self._waited = time.monotonic(), first_step, 0.0
-        self._last_line = -math.inf
+        self._last_line = self._drawn = -math.inf
         self._said: set[str] = set()
         self.rate = 0.0
         """Steps a second, lately."""
@@ -93,8 +94,14 @@ class Record:
             self._said.add(message[:40])
             logger.warning(message)
 
+    @property
+    def wants_picture(self) -> bool:
+        """Whether the last one is old; each takes most of a second."""
+        return time.monotonic() - self._drawn > _SECONDS_BETWEEN_PICTURES
+
     def draw(self, figure: Any) -> None:
         """Replace `views.png`."""
+        self._drawn = time.monotonic()
         with replacing(self._folder / "views.png") as temporary:
             figure.savefig(temporary, dpi=110)
 

@@ -28,7 +28,7 @@ from planners.decisions import times
 from planners.errors import PlanError
 from pretrain.crops import best_of, mirrored, read_window, resize, shifted, turned
 from pretrain.encoders import encoder_of
-from pretrain.heads import PooledStages, projector
+from pretrain.heads import pooled_stages, projector
 from pretrain.method import Batch, Export, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Target, Terms
 from pretrain.methods.voco_geometry import (
     Layout,
@@ -239,16 +239,13 @@ class VoCo(PretrainMethod):
         """Embeddings of all crops, (volumes, n, H) and (volumes, K, H), by the student and by the teacher (no gradient)."""
         random, base = batch["random"], batch["base"]
         crops = torch.cat([random.flatten(0, 1), base.flatten(0, 1)])
-        described = PooledStages(self.encoder)(crops)
-        with torch.autocast(described.device.type, enabled=False):
+        described = pooled_stages(self.encoder, crops)
+        with torch.no_grad():
+            averaged = described if self.teacher_encoder is None else pooled_stages(self.teacher_encoder, crops)
+        with torch.autocast(crops.device.type, enabled=False):
             student = self.student(functional.dropout(described, self.config.feature_dropout, self.training))
             with torch.no_grad():
-                if self.teacher_encoder is not None:
-                    with torch.autocast(
-                        described.device.type, enabled=torch.is_autocast_enabled(described.device.type)
-                    ):
-                        described = PooledStages(self.teacher_encoder)(crops)
-                teacher = self.teacher(described.detach())
+                teacher = self.teacher(averaged.detach())
         return split_embeddings(student, random, base), split_embeddings(teacher, random, base)
 
     def _terms(self, batch: Batch, student: Embeddings, teacher: Embeddings) -> Terms:

@@ -77,6 +77,7 @@ def choose_layout(
         crop[axis] -= stride[axis]
         chosen = _grid(crop, shape, spacing, max_bases)
     if math.prod(chosen) >= _MIN_BASES:
+        _upsampling(crop, chosen, shape)  # on an axis with one cell, a crop may be far longer than the scan
         return Layout(tuple(crop), chosen, False, 1.0)
     longest = sorted(range(len(crop)), key=lambda a: -shape[a] * spacing[a])[:2]
     chosen = tuple(2 if axis in longest else 1 for axis in range(len(crop)))

@@ -1,0 +1,324 @@
+"""The contract holds methods of every kind: tiny stand-ins for what the published ones need."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import multiprocessing, nn
+
+from planners.errors import SettingsError
+from pretrain.catalog import METHODS, entry, load_method, settings_table
+from pretrain.checkpoint import load_encoder
+from pretrain.distributed import gather
+from pretrain.method import Batch, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Terms
+from pretrain.optimise import phases, rate_factor, update_averages
+from pretrain.settings import configure, describe
+from pretrain.volumes import CaseInfo
+from tests.gathering import data, joint_term, one_process
+from tests.stubs import Stub, copy_home, make_home, run_stub, use_method
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    before = dict(os.environ)
+    root = make_home(tmp_path_factory.mktemp("contract") / "root")
+    os.environ.clear()
+    os.environ.update(before)
+    return root
+
+
+@pytest.fixture
+def home(prepared: Path, tmp_path: Path) -> Path:
+    return copy_home(prepared, tmp_path / "root")
+
+
+class OneAnisotropyPerBatch(Stub):
+    """As PUMIT: kernels depend on the degree of anisotropy, so a batch has one; the crop's depth follows from it."""
+
+    seen: ClassVar[list[tuple[int, tuple[int, ...]]]] = []
+
+    @staticmethod
+    def draw(spec: Any, pool: Sequence[CaseInfo], rng: np.random.Generator, step: Step) -> list[tuple[str, Any]]:
+        degree = int(rng.integers(0, 2))
+        size = (spec[0] * 2 >> degree, *spec[1:])
+        return [(case, size) for case, _ in Stub.draw(spec, pool, rng, step)]
+
+    @staticmethod
+    def collate(samples: list[dict[str, np.ndarray]]) -> Batch:
+        depths = {sample["crop"].shape[1] for sample in samples}
+        assert len(depths) == 1
+        return {**Stub.collate(samples), "depth": depths.pop()}
+
+    def loss(self, batch: Batch, step: Step) -> Terms:
+        if self.training:
+            self.seen.append((batch["depth"], tuple(batch["crop"].shape)))
+        return super().loss(batch, step)
+
+
+def test_a_batch_shares_one_degree_of_anisotropy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_method(monkeypatch, OneAnisotropyPerBatch)
+    run_stub(steps=8)
+    assert len(OneAnisotropyPerBatch.seen) == 8
+    assert len({depth for depth, _ in OneAnisotropyPerBatch.seen}) == 2
+    assert all(shape[2] == depth for depth, shape in OneAnisotropyPerBatch.seen)
+
+
+class SizesThatChange(Stub):
+    """As MedDINOv3's third stage: each step draws one of several sizes, here by its index."""
+
+    seen: ClassVar[list[tuple[int, ...]]] = []
+
+    @staticmethod
+    def draw(spec: Any, pool: Sequence[CaseInfo], rng: np.random.Generator, step: Step) -> list[tuple[str, Any]]:
+        larger = (spec[0], 2 * spec[1], spec[2])
+        return [(case, larger if step.index % 2 else spec) for case, _ in Stub.draw(spec, pool, rng, step)]
+
+    def loss(self, batch: Batch, step: Step) -> Terms:
+        if self.training:
+            self.seen.append(tuple(batch["crop"].shape[2:]))
+        return super().loss(batch, step)
+
+
+def test_sizes_may_change_from_step_to_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_method(monkeypatch, SizesThatChange)
+    run_stub(steps=4)
+    assert [size[1] for size in SizesThatChange.seen] == [8, 16, 8, 16]
+
+
+class TwoStages(Stub):
+    """As PUMIT's tokenizer and masked prediction: the first module learns with SGD, then stands still for the second."""
+
+    seen: ClassVar[list[tuple[str, int, int, int, bool, float, float]]] = []
+
+    def stages(self) -> Sequence[Stage]:
+        return [
+            Stage("heads", share=1, optimizer="sgd", learning_rate=0.1, weight_decay=0, schedule="constant", warm_up=0),
+            Stage("encoder", share=2, optimizer="adam", learning_rate=0.01, frozen=("head",), clip_norm=None),
+        ]
+
+    def parameter_groups(self, stage: Stage) -> Sequence[ParameterGroup]:
+        if stage.name == "heads":
+            return [ParameterGroup(list(self.head.parameters()))]
+        stem, rest = list(self.encoder.stem.parameters()), list(self.encoder.stages.parameters())
+        return [ParameterGroup(stem, scale=lambda step: float(step.index > 0)), ParameterGroup(rest, scale=0.5)]
+
+    def after_step(self, batch: Batch, terms: Terms, step: Step) -> None:
+        self.seen.append(
+            (
+                step.stage,
+                step.index,
+                step.total,
+                step.global_index,
+                self.head.training,
+                float(self.head.weight.sum()),
+                float(next(self.encoder.stem.parameters()).sum()),
+            )
+        )
+
+
+def test_stages_have_their_own_optimisers_and_frozen_modules(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_method(monkeypatch, TwoStages)
+    TwoStages.seen.clear()
+    run_stub(steps=6)
+    assert [row[:4] for row in TwoStages.seen] == [
+        ("heads", 0, 2, 0),
+        ("heads", 1, 2, 1),
+        ("encoder", 0, 4, 2),
+        ("encoder", 1, 4, 3),
+        ("encoder", 2, 4, 4),
+        ("encoder", 3, 4, 5),
+    ]
+    training, head, stem = ([row[i] for row in TwoStages.seen] for i in (4, 5, 6))
+    assert training == [True, True, False, False, False, False]
+    assert len(set(head)) == 2  # learns in the first stage only
+    assert stem[0] == stem[1] == stem[2]  # starts one step late in the second stage
+    assert len(set(stem[2:])) == 4
+
+
+def test_chosen_stages_only(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_method(monkeypatch, TwoStages)
+    TwoStages.seen.clear()
+    run_stub(steps=3, stages="2")
+    assert [row[0] for row in TwoStages.seen] == ["encoder"] * 3
+    with pytest.raises(SettingsError, match="No such stage"):
+        run_stub(steps=3, stages="tokenizer", run="other")
+
+
+class InParts(Stub):
+    """As PCRL: the graph is too large for one piece, so the features' gradients are collected and sent on at the end."""
+
+    def backward(self, batch: Batch, step: Step, run: Callable[[torch.Tensor], None]) -> Terms:
+        features = self.encoder(batch["crop"])
+        leaves = [feature.detach().requires_grad_() for feature in features]
+        total = torch.zeros(())
+        for number, mean in enumerate(batch["mean"]):
+            pooled = torch.cat([leaf[number].flatten(1).mean(1) for leaf in leaves])
+            part = (self.head(pooled)[0] - mean) ** 2 / len(batch["mean"])
+            run(part)
+            total = total + part.detach()
+        torch.autograd.backward(features, [leaf.grad for leaf in leaves])
+        return {"loss": total}
+
+
+def test_an_own_backward_learns_the_same(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for number, method in enumerate((Stub, InParts)):
+        use_method(monkeypatch, method)
+        results.append(load_encoder(run_stub(steps=3, run=f"r{number}"))[0])
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.allclose(a, results[1][name], atol=1e-5) for name, a in results[0].items())
+
+
+class TwoParts(Stub):
+    """Calls `run` twice a step."""
+
+    def backward(self, batch: Batch, step: Step, run: Callable[[torch.Tensor], None]) -> Terms:
+        parts = []
+        for crop, mean in zip(batch["crop"], batch["mean"], strict=True):
+            part = (self.predict(crop[None])[0] - mean) ** 2 / len(batch["crop"])
+            run(part)
+            parts.append(part.detach())
+        return {"loss": torch.stack(parts).sum()}
+
+
+class Accumulated(Stub):
+    """Two batches a step."""
+
+    def stages(self) -> Sequence[Stage]:
+        return [replace(super().stages()[0], accumulate=2)]
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for number, method in enumerate((Stub, TwoParts, Accumulated)):
+        use_method(monkeypatch, method)
+        results.append(load_encoder(run_stub(steps=3, run=f"r{number}"))[0])
+    assert all(torch.allclose(a, results[1][name], atol=1e-5) for name, a in results[0].items())
+    assert any(not torch.allclose(a, results[2][name], atol=1e-5) for name, a in results[0].items())
+
+
+class WithTeacherAndQueue(Stub):
+    """As PCRL: a momentum copy, and a queue that changes after the step only."""
+
+    queue: torch.Tensor
+    lengths: ClassVar[list[int]] = []
+
+    def __init__(self, network: nn.Module, spec: Any, config: Any) -> None:
+        super().__init__(network, spec, config)
+        self.teacher = nn.Linear(self.head.in_features, 1)
+        self.teacher.load_state_dict(self.head.state_dict())
+        self.register_buffer("queue", torch.zeros(8))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+
+    def momentum_pairs(self) -> Sequence[MomentumPair]:
+        return [MomentumPair(self.head, self.teacher, lambda step: 0.5 + 0.1 * step.index)]
+
+    def loss(self, batch: Batch, step: Step) -> Terms:
+        predicted = self.predict(batch["crop"])
+        terms = {"loss": ((predicted - batch["mean"]) ** 2).mean(), "keys": predicted.detach()}
+        terms["queued"] = self.filled.float()
+        return terms
+
+    def after_step(self, batch: Batch, terms: Terms, step: Step) -> None:
+        self.queue[: len(terms["keys"])] = terms["keys"]
+        self.filled += len(terms["keys"])
+        self.lengths.append(int(self.filled))
+        assert not self.teacher.training
+        assert not self.teacher.weight.requires_grad
+
+
+def test_queues_change_after_steps_and_not_on_held_out_batches(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_method(monkeypatch, WithTeacherAndQueue)
+    folder = run_stub(steps=4)
+    assert WithTeacherAndQueue.lengths == [2, 4, 6, 8]
+    assert "queued" in (folder / "progress.csv").read_text()
+    assert "keys" not in (folder / "progress.csv").read_text()
+
+
+def test_averages_follow_with_the_momentum_of_the_step() -> None:
+    online, average = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+    nn.init.constant_(online.weight, 2.0)
+    online.running_mean += 5  # type: ignore[operator]
+    for copied in (True, False):
+        nn.init.constant_(average.weight, 1.0)
+        average.running_mean.zero_()  # type: ignore[union-attr]
+        pair = MomentumPair(online, average, lambda step: 0.999, copied)
+        update_averages([pair], Step("main", 0, 1, 0))
+        assert float(average.weight) == pytest.approx(1.001)
+        update_averages([pair], Step("main", 0, 1, 0))
+        assert float(average.weight) == pytest.approx(1.001999)
+        assert float(average.running_mean) == (5 if copied else 0)  # type: ignore[arg-type]
+
+
+# Several processes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_gathered_term_equals_the_joint_batch(tmp_path: Path) -> None:
+    multiprocessing.spawn(one_process, args=(str(tmp_path),), nprocs=2)
+    x, model = data()
+    z = model(x)
+    (joint_term(z) + (z**2).mean()).backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert float(found["joint"]) == pytest.approx(float(joint_term(z)), abs=1e-12)
+        for name, parameter in model.named_parameters():
+            assert torch.allclose(found["gradients"][name], parameter.grad, atol=1e-12)  # type: ignore[arg-type]
+        assert float(found["gradients"]["only_here"]) == 0.5
+        assert found["gradients"]["nowhere"] is None
+
+
+def test_one_process_gathers_itself() -> None:
+    x = torch.ones(3)
+    assert gather(x) is x
+
+
+# Schedules and settings ---------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_shared_out_among_stages() -> None:
+    stages = [Stage("a", 0.1), Stage("b", 0.8), Stage("c", 0.1)]
+    assert [(p.first_step, p.steps) for p in phases(stages, 100)] == [(0, 10), (10, 80), (90, 10)]
+    assert [(p.first_step, p.steps) for p in phases(stages, 3)] == [(0, 1), (1, 1), (2, 1)]
+    assert [p.stage.name for p in phases(stages, 10, ["1", "c"])] == ["a", "c"]
+    with pytest.raises(SettingsError):
+        phases(stages, 2)
+
+
+def test_rates_rise_and_fall() -> None:
+    stage = Stage("a", warm_up=0.1)
+    factors = [rate_factor(stage, Step("a", i, 100, i)) for i in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1
+    assert factors[55] == pytest.approx(0.5)
+    assert 0 < factors[99] < 0.001
+    assert rate_factor(Stage("a", warm_up=0, schedule="constant"), Step("a", 99, 100, 99)) == 1
+
+
+def test_unknown_methods_and_settings_are_named() -> None:
+    with pytest.raises(SettingsError, match="Did you mean 'voco'"):
+        entry("vocco")
+    config = load_method("voco").Config
+    assert configure(config, "voco", {"grid": "1,3,3", "steps": "7", "grid": "1,3,3"}).grid == (1, 3, 3)  # noqa: F601
+    assert configure(config, "voco", {"grid": "none", "clip_norm": "none"}).clip_norm is None
+    with pytest.raises(SettingsError, match="voco.gird"):
+        configure(config, "voco", {"gird": "1,3,3"})
+    with pytest.raises(SettingsError, match="voco.steps") as error:
+        configure(config, "voco", {"steps": "many", "momentum": "2"})
+    assert "voco.momentum" in str(error.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_explains_each_setting_and_has_both_presets(name: str) -> None:
+    method: type[PretrainMethod] = load_method(name)
+    assert set(method.presets) >= {"default", "cpu"}
+    table = settings_table(name)
+    assert [row[0] for row in table] == [f"{name}.{key}" for key in describe(method.Config)]
+    assert f"{name}.steps" in [row[0] for row in table]
+    assert all(row[3] for row in table)
