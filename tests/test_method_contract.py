@@ -305,11 +305,11 @@ def test_unknown_methods_and_settings_are_named() -> None:
     with pytest.raises(SettingsError, match="Did you mean 'voco'"):
         entry("vocco")
     config = load_method("voco").Config
-    assert configure(config, "voco", {"grid": "1,3,3", "steps": "7", "grid": "1,3,3"}).grid == (1, 3, 3)  # noqa: F601
+    assert configure(config, "voco", {"steps": "7", "grid": "1,3,3"}).grid == (1, 3, 3)
     assert configure(config, "voco", {"grid": "none", "clip_norm": "none"}).clip_norm is None
-    with pytest.raises(SettingsError, match="voco.gird"):
+    with pytest.raises(SettingsError, match=r"voco\.gird"):
         configure(config, "voco", {"gird": "1,3,3"})
-    with pytest.raises(SettingsError, match="voco.steps") as error:
+    with pytest.raises(SettingsError, match=r"voco\.steps") as error:
         configure(config, "voco", {"steps": "many", "momentum": "2"})
     assert "voco.momentum" in str(error.value)
 

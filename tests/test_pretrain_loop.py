@@ -79,7 +79,15 @@ def test_a_run_leaves_an_encoder_that_fits_and_says_what_it_is(home: Path) -> No
     folder = voco()
     assert folder == home / "results" / DATASET / "pretrained" / f"{PLAN}__3d_fullres" / "voco"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"encoder.safetensors", "encoder.json", "settings.json", "state.pt", "progress.csv", "views.png", "tensorboard"}  # fmt: skip
+    assert names == {
+        "encoder.safetensors",
+        "encoder.json",
+        "settings.json",
+        "state.pt",
+        "progress.csv",
+        "views.png",
+        "tensorboard",
+    }
     tensors, card = load_encoder(folder)
     network = build_segmentation_network(tiny_plan(), "3d_fullres", dataset_json())
     assert transfer(tensors, encoder_of(network)).encoder_share == 1
