@@ -94,6 +94,7 @@ def save_encoder(folder: Path, module: nn.Module, card: EncoderCard) -> None:
     (Path(folder) / CARD_NAME).unlink(missing_ok=True)
     with replacing(Path(folder) / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary)
+        temporary.chmod(0o644)  # safetensors writes for the owner alone; colleagues share results folders
     write_json(Path(folder) / CARD_NAME, card.to_json())
 
 
