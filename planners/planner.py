@@ -11,7 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,13 +68,13 @@ FULL = Budget(32, 99, (1, 3, 4, *[6] * 10), None, None, None)
 CPU = Budget(8, 4, (1, 1, 2, 2), 48**3, 256**2, 2)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlannedPair:
-    """The two plans of a dataset as written."""
+    """The two plans of a dataset, and the names of those that were not there before."""
 
     full: dict
     cpu: dict
-    written: list[str] = field(default_factory=list)
+    written: list[str]
 
 
 def plan_dataset(
@@ -91,11 +91,10 @@ def plan_dataset(
         planner = AutosegPlanner(dataset, fingerprint, overrides, name)
         full = planner.plan(FULL, name)
         cpu = planner.plan(CPU, name + CPU_SUFFIX)
-    pair = PlannedPair(full, cpu)
-    for plan in (full, cpu):
-        if _write_plan(dataset, plan):
-            pair.written.append(plan["plans_name"])
-    return pair
+    changed = [plan for plan in (full, cpu) if _differs(dataset, plan)]
+    for plan in changed:
+        write_json(plan_path(dataset.name, plan["plans_name"]), plan)
+    return PlannedPair(full, cpu, [plan["plans_name"] for plan in changed])
 
 
 def checked_tag(tag: str) -> str:
@@ -331,26 +330,24 @@ def _anisotropy_facts(configuration: dict) -> dict:
     }
 
 
-def _write_plan(dataset: Dataset, plan: dict) -> bool:
-    """Write a plan unless it stands there already; True if it was written."""
-    path = plan_path(dataset.name, plan["plans_name"])
-    if path.is_file():
-        old = load_plan(dataset.name, plan["plans_name"])
-        if old == plan:
-            return False
-        new_configurations = plan["configurations"]
-        changed = [
-            name
-            for name in old["configurations"]
-            if name not in new_configurations or plan_hash(old, name) != plan_hash(plan, name)
-        ]
-        used = [folder for name in changed for folder in trained_from(dataset.name, plan["plans_name"], name)]
-        if used:
-            raise PlanError(
-                f"Plan {plan['plans_name']} would change, and something was trained from it",
-                where=", ".join(map(str, used[:3])),
-                found=f"changes in {', '.join(changed)}",
-                remedy="give the new plan a name of its own with --plan-name TAG",
-            )
-    write_json(path, plan)
+def _differs(dataset: Dataset, plan: dict) -> bool:
+    """Whether `plan` is not the one that stands; PlanError when it is not and something was trained from that one."""
+    if not plan_path(dataset.name, plan["plans_name"]).is_file():
+        return True
+    old = load_plan(dataset.name, plan["plans_name"])
+    if old == plan:
+        return False
+    changed = [
+        name
+        for name in old["configurations"]
+        if name not in plan["configurations"] or plan_hash(old, name) != plan_hash(plan, name)
+    ]
+    used = [folder for name in changed for folder in trained_from(dataset.name, plan["plans_name"], name)]
+    if used:
+        raise PlanError(
+            f"Plan {plan['plans_name']} would change, and something was trained from it",
+            where=", ".join(map(str, used[:3])),
+            found=f"changes in {', '.join(changed)}",
+            remedy="give the new plan a name of its own with --plan-name TAG",
+        )
     return True

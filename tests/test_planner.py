@@ -165,14 +165,13 @@ def test_planning_again_writes_nothing(tiny):
 
 def test_a_plan_something_was_trained_from_is_immutable(tiny):
     plan_dataset(*tiny)
-    fold = paths.results(DATASET) / "AutosegTrainer__autosegPlans__3d_fullres" / "fold_0"
+    fold = paths.results(DATASET) / "AutosegTrainer__autosegPlans_cpu__3d_fullres" / "fold_0"
     fold.mkdir(parents=True)
     (fold / "checkpoint_final.pth").write_bytes(b"")
     with pytest.raises(PlanError, match="--plan-name"):
         plan_dataset(*tiny, Overrides(spacing=(3.0, 1.5, 1.5)))
-    assert load_plan(DATASET, "autosegPlans")["configurations"]["3d_fullres"]["spacing"] == pytest.approx(
-        [2.5, 1.1, 1.0]
-    )
+    for name in ("autosegPlans", "autosegPlans_cpu"):  # neither of the pair has changed
+        assert load_plan(DATASET, name)["configurations"]["3d_fullres"]["spacing"] == pytest.approx([2.5, 1.1, 1.0])
     pair = plan_dataset(*tiny, Overrides(spacing=(3.0, 1.5, 1.5)), tag="coarse")
     assert pair.written == ["autosegPlans_coarse", "autosegPlans_coarse_cpu"]
 

@@ -38,7 +38,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise UnsafeFile(
             "The checkpoint asks for code to be run; nothing of it was",
             where=path,
-            found=str(error).splitlines()[-1][:200],
+            found=next((line.strip()[:200] for line in str(error).splitlines() if "GLOBAL" in line), "not plain data"),
             remedy="do not use this file unless you know who made it",
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:

@@ -173,7 +173,8 @@ def _refuse_incomplete(file: Path) -> None:
         try:
             voxels, _ = read_voxels(file)
         except Exception as error:  # its reader raises many kinds for a broken file
-            raise ValueError(f"{file.name} cannot be read to its end: {error}") from error
+            reason = next(iter(reversed(str(error).strip().splitlines())), type(error).__name__)
+            raise ValueError(f"{file.name} cannot be read to its end: {reason}") from error
         if not np.isfinite(voxels).all():
             raise ValueError("the scan holds values that are not finite")
 
