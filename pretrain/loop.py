@@ -521,6 +521,6 @@ def _fabric(device: torch.device) -> Fabric:
 
 
 def _workers(device: torch.device) -> int:
-    """Processes that make batches: a CPU needs its cores for the network."""
+    """Processes that make batches. A CPU needs its cores for the network, and a batch takes it a fiftieth of a step."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores - 1)) if device.type == "cuda" else min(2, cores - 1)
+    return min(8, max(1, cores - 1)) if device.type == "cuda" else min(2, cores // 4)

@@ -314,11 +314,12 @@ def test_one_or_several_channels_in_3d_and_2d(channels: int, dims: int) -> None:
 def test_a_run_that_learns_nothing_is_told() -> None:
     model = tiny_model()
     late = Step("main", 100, 200, 100)
-    stuck = {"intra": model.plateau, "dead_fraction": 0.0}
-    assert "same for every crop" in str(model.diagnose(stuck, late))
+    stuck = {"intra": model.plateau, "dead_fraction": 0.0, "acc": 0.26}
+    assert "does not tell places apart" in str(model.diagnose(stuck, late))
     assert model.diagnose(stuck, Step("main", 5, 200, 5)) is None
-    assert model.diagnose({"intra": 0.9 * model.plateau, "dead_fraction": 0.1}, late) is None
-    assert "learn nothing" in str(model.diagnose({"intra": 0.1, "dead_fraction": 0.6}, late))
+    assert model.diagnose({**stuck, "intra": 0.9 * model.plateau}, late) is None
+    assert model.diagnose({**stuck, "acc": 0.5}, late) is None
+    assert "learn nothing" in str(model.diagnose({**stuck, "dead_fraction": 0.6}, late))
 
 
 def test_chance_is_uniform_and_the_centre_is_known() -> None:

@@ -46,6 +46,7 @@ _EPSILON = 1e-6
 _WANTED_FOREGROUND = 0.3
 _HOPELESS_FOREGROUND = 0.05  # below: air, whose place nobody could tell
 _SOON = 50  # steps, before which nothing can be said
+_NO_SKILL = 0.05  # above always answering the centre
 _STALLED = 0.975  # of the loss of a constant answer
 
 
@@ -289,10 +290,11 @@ class VoCo(PretrainMethod):
                 f"{recent['dead_fraction']:.0%} of the crops are not similar at all to the base crops they overlap, and learn "
                 "nothing from that; a lower learning rate or more steps of warm-up may help"
             )
-        if recent["intra"] > _STALLED * self.plateau:
+        if recent["intra"] > _STALLED * self.plateau and recent["acc"] < self._central_share + _NO_SKILL:
             return (
-                f"VoCo answers the same for every crop: intra is {recent['intra']:.3f}, a constant answer gives "
-                f"{self.plateau:.3f}. If it stays there, try another learning rate, or scans oriented alike"
+                f"VoCo does not tell places apart yet: {recent['acc']:.2f} are right, {self._central_share:.2f} by always "
+                f"answering the centre; intra is {recent['intra']:.3f}, one answer for every crop gives {self.plateau:.3f}. "
+                "If it stays so, try another learning rate, or scans oriented alike"
             )
         return None
 

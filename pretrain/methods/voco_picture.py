@@ -71,7 +71,14 @@ def _draw_level(axis: Any, layout: Layout, one: dict[str, np.ndarray], level: in
                 linewidth=2,
             )
         )
-        axis.text(x + cx / 2, y + cy / 2, f"crop {number + 1}", color=_COLOURS[number], ha="center", fontsize=9)
+        axis.text(
+            x + cx / 2,
+            y + cy * (0.35 + 0.13 * number),
+            f"crop {number + 1}",
+            color=_COLOURS[number],
+            ha="center",
+            fontsize=9,
+        )
     axis.set_title(
         f"base crops, level {level + 1} of {layout.grid[0]}" if len(layout.grid) == 3 else "base crops", fontsize=9
     )
