@@ -17,7 +17,7 @@ import torch
 
 from planners.errors import AutosegError, DatasetError, PlanError, PretrainedMismatch, SettingsError
 from planners.plans import folds
-from pretrain import loop
+from pretrain import training
 from pretrain.checkpoint import load_encoder
 from pretrain.encoders import build_segmentation_network, encoder_of
 from pretrain.loop import pretrain
@@ -67,7 +67,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal
 
         yield stopped
 
-    monkeypatch.setattr(loop, "stop_signal", counting)
+    monkeypatch.setattr(training, "stop_signal", counting)
 
 
 def same_encoders(a: Path, b: Path) -> bool:
