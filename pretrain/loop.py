@@ -1,7 +1,7 @@
 """Pretrain one encoder: plan, scans, network and method are put together here, `pretrain.training` makes the steps.
 
-On Lightning Fabric: a CPU, a GPU, or several through torchrun or srun. The method is not wrapped: an own backward pass would break the reducer of torch's DistributedDataParallel. Gradients are
-averaged over the processes once a step instead.
+On Lightning Fabric: a CPU, a GPU, or several through torchrun or srun. The method is not wrapped: an own backward pass would
+break the reducer of torch's DistributedDataParallel. Gradients are averaged over the processes once a step instead.
 """
 
 from __future__ import annotations

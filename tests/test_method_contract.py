@@ -13,16 +13,19 @@ import pytest
 import torch
 from torch import multiprocessing, nn
 
+from planners.dataset import load_dataset
 from planners.errors import SettingsError
+from pretrain.batches import LEARNING, Batches
 from pretrain.catalog import METHODS, entry, load_method, settings_table
 from pretrain.checkpoint import load_encoder
 from pretrain.distributed import gather
 from pretrain.method import Batch, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Terms
 from pretrain.optimise import phases, rate_factor, update_averages
 from pretrain.settings import configure, describe
-from pretrain.volumes import CaseInfo
+from pretrain.volumes import CaseInfo, Volume, build_pool
 from tests.gathering import data, joint_term, one_process
 from tests.stubs import Stub, copy_home, make_home, run_stub, use_method
+from tests.tiny import DATASET, tiny_plan
 
 
 @pytest.fixture(scope="module")
@@ -188,20 +191,67 @@ class TwoParts(Stub):
         return {"loss": torch.stack(parts).sum()}
 
 
-class Accumulated(Stub):
+class SameCrops(Stub):
+    """The same batch at every step."""
+
+    @staticmethod
+    def draw(spec: Any, pool: Sequence[CaseInfo], rng: np.random.Generator, step: Step) -> list[tuple[str, Any]]:
+        return [(case.id, spec) for case in pool[:2]]
+
+    @staticmethod
+    def sample(spec: Any, case: Volume, parameters: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return Stub.sample(spec, case, parameters, np.random.default_rng(0))
+
+    def stages(self) -> Sequence[Stage]:
+        return [replace(super().stages()[0], clip_norm=None)]
+
+
+class SameCropsTwice(SameCrops):
     """Two batches a step."""
 
     def stages(self) -> Sequence[Stage]:
         return [replace(super().stages()[0], accumulate=2)]
 
 
-def test_parts_of_a_batch_add_up_to_the_batch(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pair", [(Stub, TwoParts), (SameCrops, SameCropsTwice)])
+def test_parts_add_up_and_batches_of_a_step_are_averaged(
+    home: Path, monkeypatch: pytest.MonkeyPatch, pair: tuple[type[Stub], type[Stub]]
+) -> None:
     results = []
-    for number, method in enumerate((Stub, TwoParts, Accumulated)):
+    for number, method in enumerate(pair):
         use_method(monkeypatch, method)
         results.append(load_encoder(run_stub(steps=3, run=f"r{number}"))[0])
     assert all(torch.allclose(a, results[1][name], atol=1e-5) for name, a in results[0].items())
-    assert any(not torch.allclose(a, results[2][name], atol=1e-5) for name, a in results[0].items())
+
+
+def test_every_batch_has_random_numbers_of_its_own(home: Path) -> None:
+    pool = build_pool(load_dataset(DATASET), tiny_plan(), "3d_fullres", workers=0)
+
+    def crops(rank: int, seed: int = 0, first_step: int = 0) -> list[bytes]:
+        batches = Batches(
+            SameCropsElsewhere,
+            (2, 8, 8),
+            pool,
+            seed=seed,
+            stream=LEARNING,
+            rank=rank,
+            stage="main",
+            first_step=first_step,
+            steps=5,
+            accumulate=2,
+        )
+        return [sample.numpy().tobytes() for number in range(10) for sample in batches[number]["crop"]]
+
+    everything = [*crops(0), *crops(1), *crops(0, seed=1), *crops(0, first_step=5)]
+    assert len(set(everything)) == len(everything) == 80
+    assert crops(0) == crops(0)
+    assert crops(0, first_step=2)[:12] == crops(0)[8:]  # numbers go with the step of the run, not of the stage
+
+
+class SameCropsElsewhere(SameCrops):
+    """The same cases, each time at another place."""
+
+    sample = staticmethod(Stub.sample)
 
 
 class WithTeacherAndQueue(Stub):
@@ -209,11 +259,13 @@ class WithTeacherAndQueue(Stub):
 
     queue: torch.Tensor
     lengths: ClassVar[list[int]] = []
+    previous: torch.Tensor | None = None
 
     def __init__(self, network: nn.Module, spec: Any, config: Any) -> None:
         super().__init__(network, spec, config)
         self.teacher = nn.Linear(self.head.in_features, 1)
         self.teacher.load_state_dict(self.head.state_dict())
+        self.start = self.teacher.weight.detach().clone()
         self.register_buffer("queue", torch.zeros(8))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
 
@@ -230,6 +282,11 @@ class WithTeacherAndQueue(Stub):
         self.queue[: len(terms["keys"])] = terms["keys"]
         self.filled += len(terms["keys"])
         self.lengths.append(int(self.filled))
+        before = self.previous if self.previous is not None else self.start
+        momentum = 0.5 + 0.1 * step.index
+        assert torch.allclose(self.teacher.weight, momentum * before + (1 - momentum) * self.head.weight)
+        assert not torch.equal(self.teacher.weight, before)
+        self.previous = self.teacher.weight.clone()
         assert not self.teacher.training
         assert not self.teacher.weight.requires_grad
 

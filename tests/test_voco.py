@@ -285,6 +285,20 @@ def test_no_term_between_volumes_with_one_volume(caplog: pytest.LogCaptureFixtur
     assert "one volume a batch" in caplog.text
 
 
+def test_the_term_between_volumes_asks_the_next_volume() -> None:
+    model = tiny_model()
+    for parameter in model.teacher.parameters():  # at the start both answer the same, and the term is zero
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    batch = random_batch(model, volumes=3)
+    student, teacher = model.embed(batch)
+    losses = []
+    for i, j in ((0, 1), (1, 2), (2, 0)):
+        wanted = cosines(teacher.random[i : i + 1], teacher.base[j : j + 1]).relu()
+        answer = cosines(student.random[i : i + 1], student.base[j : j + 1]).relu()
+        losses.append(sum(position_loss(wanted, answer, torch.ones_like(wanted, dtype=torch.bool), "v2")))
+    assert float(model.loss(batch, STEP)["inter"]) == pytest.approx(float(sum(losses)) / 3, rel=1e-5)
+
+
 def test_terms_add_up() -> None:
     for variant, parts in (("v2", ("intra", "inter", "reg")), ("v1", ("intra", "reg"))):
         model = tiny_model(variant=variant)
