@@ -155,7 +155,7 @@ def pretrain(
         int | None, typer.Option("--exclude-fold", help="Leave out this fold's validation cases.")
     ] = None,
     settings: Settings = None,
-    seed: Annotated[int, typer.Option("--seed", help="Decides views and initial weights.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Decides views and initial weights; default 0.")] = None,
     device: Device = None,
     workers: Workers = None,
     overwrite: Overwrite = False,

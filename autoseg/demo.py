@@ -21,7 +21,7 @@ logger = logging.getLogger("autoseg")
 DATASET = "Dataset017_BTCV"
 # Short, so that the whole demonstration stays below eight CPU minutes on two cores.
 _PRETRAIN_STEPS = 200
-_TRAIN = {"epochs": 13, "iterations": 50}
+_TRAIN = {"epochs": 12, "iterations": 50}
 
 
 def run_demo(root: Path) -> Path:
@@ -42,7 +42,9 @@ def run_demo(root: Path) -> Path:
     plan = pair.cpu["plans_name"]
 
     setting = "voco.region=full"  # all phantoms show the same part of the body
-    _heading(3, f"autoseg pretrain -d 17 --method voco --preset cpu --steps {_PRETRAIN_STEPS} --set {setting} -p {plan}")
+    _heading(
+        3, f"autoseg pretrain -d 17 --method voco --preset cpu --steps {_PRETRAIN_STEPS} --set {setting} -p {plan}"
+    )
     commands.pretrain(
         17,
         method="voco",

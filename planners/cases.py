@@ -167,16 +167,19 @@ class WorkerPool(Executor):
             future, function, args, kwargs = task
             if not future.set_running_or_notify_cancel():
                 continue
-            if process is None or pipe is None:
-                process, pipe = _start_worker()
             try:
+                if process is None or pipe is None:
+                    process, pipe = _start_worker()
                 pipe.send((function, args, kwargs))
                 succeeded, result = pipe.recv()
             except (EOFError, ConnectionError):
-                process.join()
-                future.set_exception(_death(process.exitcode))
+                exit_code = None
+                if process is not None:
+                    process.join()
+                    exit_code = process.exitcode
+                future.set_exception(_death(exit_code))
                 process = None
-            except Exception as error:  # an argument that cannot be pickled: the call never reached the worker
+            except Exception as error:  # no worker can start, or an argument cannot be pickled: this call fails alone
                 future.set_exception(error)
             else:
                 if succeeded:

@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import nn
 from planners.dataset import Dataset, load_dataset
 from planners.device import choose_device
 from planners.errors import PlanError, PretrainedMismatch
+from planners.locks import sole_lock
 from planners.paths import resolve_dataset
 from planners.plans import choose_plan, default_configuration, load_plan, resolved
 from planners.run_names import check_run_name
@@ -29,7 +31,7 @@ from pretrain import distributed, runs
 from pretrain.catalog import entry, load_method
 from pretrain.checkpoint import encoder_folder, find_encoders, load_encoder, save_encoder
 from pretrain.encoders import build_segmentation_network, encoder_info, encoder_of
-from pretrain.method import Target
+from pretrain.method import PretrainMethod, Target
 from pretrain.optimise import phases
 from pretrain.settings import configure
 from pretrain.training import Run, card_of, train
@@ -59,7 +61,7 @@ def pretrain(
     settings: Mapping[str, Any] | None = None,
     device: str | None = None,
     workers: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     stages: str | Sequence[str] | None = None,
 ) -> Path:
     """Learn an encoder from scans without their labels; an interrupted run continues.
@@ -76,6 +78,7 @@ def pretrain(
         exclude_fold: whose validation cases are left out.
         settings: of the method, `{"voco.grid": "1,3,3"}`.
         workers: processes that make batches; 0: everything is done in this one.
+        seed: decides views and new weights; None: 0, or the run's.
         stages: names or numbers of the stages to run; None: all.
 
     Returns the folder of the encoder. Raises SettingsError when a run with other options is there; SystemExit (130, 143) after
@@ -95,47 +98,69 @@ def pretrain(
         name, plan_content["plans_name"], configuration, method, None if run is None else check_run_name(run)
     )
     fabric = _fabric(torch_device)
-    if overwrite and fabric.is_global_zero:
-        runs.clear(folder)
-    fabric.barrier()
     small = torch_device.type == "cpu" or plan_content.get("autoseg", {}).get("budget") == "cpu"
-    options = runs.resolve_options(
-        folder,
-        method_class,
-        method,
-        (plan_content, configuration),
-        {
-            "preset": preset,
-            "seed": seed,
-            "stages": runs.chosen_stages(stages),
-            "init": None if init is None else str(init),
-            "images": None if images is None else str(Path(images).resolve()),
-            "more_datasets": [resolve_dataset(other) for other in more_datasets] or None,
-            "exclude_fold": exclude_fold,
-        },
-        {**_own_settings(method, settings or {}), **({} if steps is None else {"steps": steps})},
-        default_preset="cpu" if small else "default",
-    )
-    if runs.is_finished(folder):
-        logger.info("Finished already: %s (--overwrite starts again)", folder)
-        return folder
+    alone = sole_lock(folder.with_name(f".{folder.name}.lock"), "pretraining this encoder")
+    with alone if fabric.is_global_zero else nullcontext():
+        if overwrite and fabric.is_global_zero:
+            runs.clear(folder)
+        fabric.barrier()
+        options = runs.resolve_options(
+            folder,
+            method_class,
+            method,
+            (plan_content, configuration),
+            {
+                "preset": preset,
+                "seed": seed,
+                "stages": runs.chosen_stages(stages),
+                "init": None if init is None else str(init),
+                "images": None if images is None else str(Path(images).resolve()),
+                "more_datasets": [resolve_dataset(other) for other in more_datasets] or None,
+                "exclude_fold": exclude_fold,
+            },
+            {**_own_settings(method, settings or {}), **({} if steps is None else {"steps": steps})},
+            default_preset="cpu" if small else "default",
+        )
+        if runs.is_finished(folder):
+            logger.info("Finished already: %s (--overwrite starts again)", folder)
+            return folder
+        batch_workers = _workers(torch_device) if workers is None else workers
+        active = _assemble(fabric, folder, options, home, target, method_class, batch_workers)
+        if fabric.is_global_zero:
+            _trial_export(active)
+            runs.start(folder, options, active.learn, active.held_out)
+        fabric.barrier()
+        train(active)
+    logger.info("Encoder: %s", folder)
+    return folder
 
+
+def _assemble(
+    fabric: Fabric,
+    folder: Path,
+    options: runs.Options,
+    home: Dataset,
+    target: Target,
+    method_class: type[PretrainMethod],
+    workers: int,
+) -> Run:
+    """Scans, network, method and phases of a run, on the device and equal on all processes."""
+    plan = dict(target.plan)
     with fabric.rank_zero_first():
         pool = build_pool(
             home,
-            plan_content,
-            configuration,
+            plan,
+            target.configuration,
             images=None if options.images is None else Path(options.images),
             more_datasets=options.more_datasets,
             exclude_fold=options.exclude_fold,
-            workers=0 if workers == 0 else None,
         )
     learn, held_out = pool.split(_HELD_OUT_SHARE, options.seed)
-    config: Any = configure(method_class.Config, method, options.config)
+    config: Any = configure(method_class.Config, options.method, options.config)
     spec = method_class.plan(target, learn.cases, config)
 
     torch.manual_seed(options.seed)
-    network = build_segmentation_network(plan_content, configuration, home.json)
+    network = build_segmentation_network(plan, target.configuration, home.json)
     licence = _initialise(network, home, options) if options.init is not None else _OWN_LICENCE
     model = method_class(network, spec, config)  # type: ignore[call-arg]
     model.gather = distributed.gather
@@ -143,8 +168,7 @@ def pretrain(
         pair.average.requires_grad_(False)
     fabric.to_device(model)
     distributed.equal_start(model)
-
-    active = Run(
+    return Run(
         fabric=fabric,
         folder=folder,
         options=options,
@@ -155,16 +179,9 @@ def pretrain(
         learn=learn,
         held_out=held_out,
         phases=phases(model.stages(), config.steps, options.stages),
-        workers=_workers(torch_device) if workers is None else workers,
+        workers=workers,
         licence=licence,
     )
-    if fabric.is_global_zero:
-        _trial_export(active)
-        runs.start(folder, options, learn, held_out)
-    fabric.barrier()
-    train(active)
-    logger.info("Encoder: %s", folder)
-    return folder
 
 
 def _trial_export(run: Run) -> None:

@@ -22,6 +22,7 @@ from pretrain.method import PretrainMethod, Target
 from pretrain.settings import configure
 from pretrain.volumes import Pool
 
+_NOT_GIVEN: dict[str, Any] = {"more_datasets": [], "seed": 0}  # others: None
 SETTINGS_NAME = "settings.json"
 STATE_NAME = "state.pt"
 
@@ -77,8 +78,8 @@ def resolve_options(
         plan_name=plan["plans_name"],
         plan_hash=plan_hash(dict(plan), configuration),
         configuration=configuration,
-        **{
-            key: (stored[key] if stored else ([] if key == "more_datasets" else None)) if value is None else value
+        **{  # type: ignore[arg-type]
+            key: (stored[key] if stored else _NOT_GIVEN.get(key)) if value is None else value
             for key, value in given.items()
             if key != "preset"
         },

@@ -78,3 +78,12 @@ def test_memory_bounds_the_workers(monkeypatch):
     assert worker_count(cases=100, bytes_per_case=3 * 2**30) == 2
     assert worker_count(cases=100, bytes_per_case=50 * 2**30) == 1
     assert worker_count(cases=1, bytes_per_case=50 * 2**30) == 0
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_not_a_wait(monkeypatch):
+    def no_worker():
+        raise RuntimeError("no process can be started")
+
+    monkeypatch.setattr("planners.cases._start_worker", no_worker)
+    outcomes = run_cases(double, arguments(2), description="Doubling", workers=1)
+    assert all("no process can be started" in str(outcome.error) for outcome in outcomes.values())

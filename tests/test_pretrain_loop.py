@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from planners.errors import AutosegError, DatasetError, PlanError, PretrainedMismatch, SettingsError
+from planners.locks import sole_lock
 from planners.plans import folds
 from pretrain import training
 from pretrain.checkpoint import load_encoder
@@ -150,6 +151,22 @@ def test_other_options_on_a_run_are_refused_by_name(home: Path) -> None:
         voco(steps=3, seed=5, exclude_fold=1, settings={"voco.hidden": "32"})
     for text in ("voco.steps 3 (was 2)", "seed 5 (was 0)", "exclude_fold 1 (was None)", "voco.hidden 32 (was 16)"):
         assert text in str(error.value)
+
+
+def test_options_that_are_not_given_are_the_runs_own(home: Path) -> None:
+    folder = voco(seed=5)
+    assert voco() == folder
+    assert json.loads((folder / "settings.json").read_text())["seed"] == 5
+
+
+def test_two_processes_cannot_pretrain_the_same_encoder(home: Path) -> None:
+    folder = voco()
+    with (
+        sole_lock(folder.with_name(f".{folder.name}.lock"), "pretraining this encoder"),
+        pytest.raises(SettingsError, match="Another process is pretraining this encoder"),
+    ):
+        voco(overwrite=True)
+    assert (folder / "encoder.json").is_file()
 
 
 def test_other_scans_in_a_run_that_goes_on_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
