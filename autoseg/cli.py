@@ -154,6 +154,9 @@ def pretrain(
     exclude_fold: Annotated[
         int | None, typer.Option("--exclude-fold", help="Leave out this fold's validation cases.")
     ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Take an --init whose pretraining is not finished.")
+    ] = False,
     settings: Settings = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides views and initial weights; default 0.")] = None,
     device: Device = None,
@@ -180,6 +183,7 @@ def pretrain(
         init=init,
         images=images,
         exclude_fold=exclude_fold,
+        allow_partial=allow_partial,
         settings=_settings(settings),
         seed=seed,
         device=device,

@@ -135,6 +135,17 @@ def load_encoder(folder_or_file: Path) -> tuple[dict[str, Tensor], EncoderCard]:
     return tensors, card
 
 
+def refuse_unfinished(card: EncoderCard, folder: Path) -> None:
+    """PretrainedMismatch for an encoder whose pretraining was stopped before its end."""
+    if not card.finished:
+        raise PretrainedMismatch(
+            "Pretraining of this encoder is not finished",
+            where=folder,
+            found=f"{card.steps_done} of {card.steps_asked} steps",
+            remedy="repeat the `autoseg pretrain` command, which continues, or give --allow-partial",
+        )
+
+
 def encoder_folder(dataset_name: str, plan_name: str, configuration: str, method: str, run: str | None = None) -> Path:
     """`<results>/<dataset>/pretrained/<plan>__<configuration>/<method>[-<run>]`."""
     return (

@@ -29,7 +29,7 @@ from planners.plans import choose_plan, default_configuration, load_plan, resolv
 from planners.run_names import check_run_name
 from pretrain import distributed, runs
 from pretrain.catalog import entry, load_method
-from pretrain.checkpoint import encoder_folder, find_encoders, load_encoder, save_encoder
+from pretrain.checkpoint import encoder_folder, find_encoders, load_encoder, refuse_unfinished, save_encoder
 from pretrain.encoders import build_segmentation_network, encoder_info, encoder_of
 from pretrain.method import PretrainMethod, Target
 from pretrain.optimise import phases
@@ -58,6 +58,7 @@ def pretrain(
     more_datasets: Sequence[int | str] = (),
     exclude_fold: int | None = None,
     overwrite: bool = False,
+    allow_partial: bool = False,
     settings: Mapping[str, Any] | None = None,
     device: str | None = None,
     workers: int | None = None,
@@ -76,6 +77,7 @@ def pretrain(
         images: a folder of more scans.
         more_datasets: whose scans are used too, preprocessed by this dataset's plan.
         exclude_fold: whose validation cases are left out.
+        allow_partial: accept an `init` whose pretraining is not finished.
         settings: of the method, `{"voco.grid": "1,3,3"}`.
         workers: processes that make batches; 0: everything is done in this one.
         seed: decides views and new weights; None: 0, or the run's.
@@ -125,7 +127,9 @@ def pretrain(
             logger.info("Finished already: %s (--overwrite starts again)", folder)
             return folder
         batch_workers = _workers(torch_device) if workers is None else workers
-        active = _assemble(fabric, folder, options, home, target, method_class, batch_workers)
+        active = _assemble(
+            fabric, folder, options, home, target, method_class, workers=batch_workers, allow_partial=allow_partial
+        )
         if fabric.is_global_zero:
             _trial_export(active)
             runs.start(folder, options, active.learn, active.held_out)
@@ -142,7 +146,9 @@ def _assemble(
     home: Dataset,
     target: Target,
     method_class: type[PretrainMethod],
+    *,
     workers: int,
+    allow_partial: bool,
 ) -> Run:
     """Scans, network, method and phases of a run, on the device and equal on all processes."""
     plan = dict(target.plan)
@@ -161,7 +167,7 @@ def _assemble(
 
     torch.manual_seed(options.seed)
     network = build_segmentation_network(plan, target.configuration, home.json)
-    licence = _initialise(network, home, options) if options.init is not None else _OWN_LICENCE
+    licence = _initialise(network, home, options, allow_partial) if options.init is not None else _OWN_LICENCE
     model = method_class(network, spec, config)  # type: ignore[call-arg]
     model.gather = distributed.gather
     for pair in model.momentum_pairs():
@@ -208,13 +214,15 @@ def _trial_export(run: Run) -> None:
         )
 
 
-def _initialise(network: nn.Module, home: Dataset, options: runs.Options) -> str:
+def _initialise(network: nn.Module, home: Dataset, options: runs.Options, allow_partial: bool) -> str:
     """Fill the network from an encoder; returns the licence of its weights."""
     source = Path(str(options.init))
     if not source.exists():
         hits = find_encoders(home.name, str(options.init), options.plan_name, options.configuration)
         source = hits[0] if hits else source
     tensors, card = load_encoder(source)
+    if not allow_partial:
+        refuse_unfinished(card, source)
     report = transfer(tensors, network if card.scope == "encoder+decoder" else encoder_of(network))
     logger.info("Starting from %s: %s", source, report.summary())
     return card.licence

@@ -274,6 +274,16 @@ def test_a_pretrained_encoder_waits_until_the_heads_are_warm(home: Path) -> None
     assert same_encoders(first, with_wait)
 
 
+def test_an_unfinished_encoder_is_started_from_only_when_allowed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(SystemExit):
+            voco(steps=4)
+    with pytest.raises(PretrainedMismatch, match="1 of 4 steps"):
+        voco(init="voco", run="more")
+    voco(init="voco", run="more", allow_partial=True)
+
+
 @pytest.mark.parametrize(("channels", "dims"), [(2, 3), (1, 2), (2, 2)])
 def test_several_channels_and_two_dimensions(tmp_path: Path, channels: int, dims: int) -> None:
     make_home(tmp_path / "root", channels=channels, dims=dims, cases=3)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from planners.errors import PlanError, PretrainedMismatch, SettingsError
+from planners.errors import PlanError, SettingsError
 from planners.paths import results
 from planners.plans import CPU_SUFFIX, load_plan, plan_hash
-from pretrain.checkpoint import CARD_NAME, WEIGHTS_NAME, EncoderCard, find_encoders, load_encoder
+from pretrain.checkpoint import CARD_NAME, WEIGHTS_NAME, EncoderCard, find_encoders, load_encoder, refuse_unfinished
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,8 @@ def find_source(
     else:
         folder = _named(dataset_name, text, plan_name, configuration, device_type)
     tensors, card = load_encoder(folder)
-    if not card.finished and not allow_partial:
-        raise PretrainedMismatch(
-            "Pretraining of this encoder is not finished",
-            where=folder,
-            found=f"{card.steps_done} of {card.steps_asked} steps",
-            remedy="repeat the `autoseg pretrain` command, which continues, or give --allow-partial",
-        )
+    if not allow_partial:
+        refuse_unfinished(card, folder)
     decided = _plan_of(dataset_name, card)
     for asked, own, option in ((plan_name, decided, "-p"), (configuration, card.configuration, "-c")):
         if asked is not None and decided is not None and asked != own:
