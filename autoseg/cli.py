@@ -349,7 +349,11 @@ def _begin(root: Path | None) -> None:
 
 
 def _converted(folder: Path, dataset: int) -> None:
-    print(f"Wrote {folder}")
+    from planners.dataset import load_dataset
+
+    written = load_dataset(folder.name)
+    unlabelled = f", {len(written.unlabelled)} unlabelled" if written.unlabelled else ""
+    print(f"Wrote {folder}: {len(written.cases)} labelled cases{unlabelled}")
     print(f"Next: autoseg verify -d {dataset}")
 
 
