@@ -75,6 +75,7 @@ def run_demo(root: Path) -> Path:
         (usage.ru_utime + usage.ru_stime) / 60,
         picture,
     )
+    logger.info("Training was cut to minutes, which the large organs need; small ones take a longer run (--epochs).")
     logger.info(
         "With your own scans:\n"
         "  autoseg convert folder --images SCANS --labels MASKS --channels CT -d 18 --name Mine\n"
