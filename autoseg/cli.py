@@ -158,6 +158,7 @@ def pretrain(
         bool, typer.Option("--allow-partial", help="Take an --init whose pretraining is not finished.")
     ] = False,
     settings: Settings = None,
+    show_config: ShowConfig = False,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides views and initial weights; default 0.")] = None,
     device: Device = None,
     workers: Workers = None,
@@ -184,6 +185,7 @@ def pretrain(
         images=images,
         exclude_fold=exclude_fold,
         allow_partial=allow_partial,
+        show_config=show_config,
         settings=_settings(settings),
         seed=seed,
         device=device,
@@ -191,7 +193,8 @@ def pretrain(
         overwrite=overwrite,
         root=root,
     )
-    print(f"Next: autoseg train -d {home} --pretrained {method + '-' + run if run else method}")
+    if not show_config:
+        print(f"Next: autoseg train -d {home} --pretrained {method + '-' + run if run else method}")
 
 
 @app.command("train")

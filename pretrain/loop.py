@@ -59,6 +59,7 @@ def pretrain(
     exclude_fold: int | None = None,
     overwrite: bool = False,
     allow_partial: bool = False,
+    show_config: bool = False,
     settings: Mapping[str, Any] | None = None,
     device: str | None = None,
     workers: int | None = None,
@@ -78,6 +79,7 @@ def pretrain(
         more_datasets: whose scans are used too, preprocessed by this dataset's plan.
         exclude_fold: whose validation cases are left out.
         allow_partial: accept an `init` whose pretraining is not finished.
+        show_config: only say every option, its value and who decided it.
         settings: of the method, `{"voco.grid": "1,3,3"}`.
         workers: processes that make batches; 0: everything is done in this one.
         seed: decides views and new weights; None: 0, or the run's.
@@ -90,6 +92,7 @@ def pretrain(
     method_class, needs = load_method(method), entry(method)
     torch_device = choose_device(device)
     plan_content = load_plan(name, choose_plan(name, plan, torch_device.type))
+    chosen = {"plan_name": plan, "configuration": configuration}
     configuration = configuration or default_configuration(plan_content)
     resolved(plan_content, configuration)  # a PlanError now if there is no such configuration
     home = load_dataset(name)
@@ -100,10 +103,20 @@ def pretrain(
         name, plan_content["plans_name"], configuration, method, None if run is None else check_run_name(run)
     )
     fabric = _fabric(torch_device)
+    given = {
+        "preset": preset,
+        "seed": seed,
+        "stages": runs.chosen_stages(stages),
+        "init": None if init is None else str(init),
+        "images": None if images is None else str(Path(images).resolve()),
+        "more_datasets": [resolve_dataset(other) for other in more_datasets] or None,
+        "exclude_fold": exclude_fold,
+    }
+    own_settings = {**_own_settings(method, settings or {}), **({} if steps is None else {"steps": steps})}
     small = torch_device.type == "cpu" or plan_content.get("autoseg", {}).get("budget") == "cpu"
     alone = sole_lock(folder.with_name(f".{folder.name}.lock"), "pretraining this encoder")
     with alone if fabric.is_global_zero else nullcontext():
-        if overwrite and fabric.is_global_zero:
+        if overwrite and not show_config and fabric.is_global_zero:
             runs.clear(folder)
         fabric.barrier()
         options = runs.resolve_options(
@@ -111,18 +124,17 @@ def pretrain(
             method_class,
             method,
             (plan_content, configuration),
-            {
-                "preset": preset,
-                "seed": seed,
-                "stages": runs.chosen_stages(stages),
-                "init": None if init is None else str(init),
-                "images": None if images is None else str(Path(images).resolve()),
-                "more_datasets": [resolve_dataset(other) for other in more_datasets] or None,
-                "exclude_fold": exclude_fold,
-            },
-            {**_own_settings(method, settings or {}), **({} if steps is None else {"steps": steps})},
+            given,
+            own_settings,
             default_preset="cpu" if small else "default",
         )
+        if show_config:
+            begun = (folder / runs.SETTINGS_NAME).is_file()
+            for row in runs.option_rows(
+                options, method_class.presets[options.preset], {**given, **chosen}, own_settings, begun=begun
+            ):
+                logger.info("%-24s %-24s %s", *row)
+            return folder
         if runs.is_finished(folder):
             logger.info("Finished already: %s (--overwrite starts again)", folder)
             return folder

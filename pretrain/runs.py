@@ -89,6 +89,26 @@ def resolve_options(
     return options
 
 
+def option_rows(
+    options: Options, preset: Mapping[str, Any], given: Mapping[str, Any], settings: Mapping[str, Any], *, begun: bool
+) -> list[tuple[str, str, str]]:
+    """(setting, value, who decided it: flag, run, preset or default) for `--show-config`.
+
+    Args:
+        preset: what the chosen preset changes; given, settings: as for `resolve_options`; begun: the run is there already.
+    """
+    rows = []
+    for key, value in dataclasses.asdict(options).items():
+        if key == "config":
+            for name, setting in value.items():
+                origin = "flag" if name in settings else "run" if begun else "preset" if name in preset else "default"
+                rows.append((f"{options.method}.{name}", str(setting), origin))
+        elif key not in ("method", "plan_hash"):
+            origin = "flag" if given.get(key) is not None else "run" if begun else "default"
+            rows.append((key, str(value), origin))
+    return rows
+
+
 def _refuse_changes(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], method: str) -> None:
     flat = [_flat(options, method) for options in (stored, wanted)]
     changed = [f"{key} {value} (was {flat[0].get(key)})" for key, value in flat[1].items() if flat[0].get(key) != value]

@@ -159,6 +159,18 @@ def test_options_that_are_not_given_are_the_runs_own(home: Path) -> None:
     assert json.loads((folder / "settings.json").read_text())["seed"] == 5
 
 
+def test_the_configuration_is_shown_without_pretraining(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="autoseg")
+    folder = voco(show_config=True, seed=5)
+    shown = {
+        line.split()[0]: line.split()[1:] for line in caplog.messages if line.startswith(("voco.", "seed", "preset"))
+    }
+    assert shown["seed"] == ["5", "flag"]
+    assert shown["voco.variant"] == ["v2", "default"]
+    assert shown["voco.steps"] == ["2", "flag"]
+    assert not list(folder.glob("*"))
+
+
 def test_two_processes_cannot_pretrain_the_same_encoder(home: Path) -> None:
     folder = voco()
     with (
