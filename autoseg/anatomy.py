@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -117,7 +118,7 @@ class _Body:
     def tube(self, points: Sequence[Point], radii: Sequence[float]) -> np.ndarray:
         """Voxels inside a chain of tapered segments."""
         inside = np.zeros(SHAPE, dtype=bool)
-        for start, end, r0, r1 in zip(points, points[1:], radii, radii[1:], strict=False):
+        for (start, end), (r0, r1) in zip(pairwise(points), pairwise(radii), strict=True):
             wide = max(r0, r1)
             near = self._slices(min(start[2], end[2]) - wide, max(start[2], end[2]) + wide)
             axis = [float(b - a) for a, b in zip(start, end, strict=True)]

@@ -110,7 +110,7 @@ def _patch(configuration: Mapping, asked: Mapping, gpu_memory_gb: float, small: 
     median = [round(n) for n in configuration["median_image_size_in_voxels"]]
     if asked["patch_size"] is not None and tuple(asked["patch_size"]) == tuple(patch):
         because = "asked for with --patch-size"
-    elif all(p >= m for p, m in zip(patch, median, strict=False)):
+    elif all(p >= m for p, m in zip(patch, median, strict=True)):
         because = f"holds the median case ({times(median)} voxels) whole"
     elif small:
         because = f"largest in the median case's proportions ({times(median)}) that a CPU can train"

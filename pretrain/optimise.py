@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def phases(stages: Sequence[Stage], steps: int, chosen: Sequence[str] | None = N
         later = len(stages) - number  # each of them needs a step
         share = sum(s.share for s in stages[:number]) / total
         ends.append(min(max(round(share * steps), ends[-1] + 1), steps - later))
-    return [Phase(stage, a, b - a) for stage, a, b in zip(stages, ends, ends[1:], strict=False)]
+    return [Phase(stage, a, b - a) for stage, (a, b) in zip(stages, itertools.pairwise(ends), strict=True)]
 
 
 def rate_factor(stage: Stage, step: Step) -> float:
