@@ -33,6 +33,7 @@ logger = logging.getLogger("autoseg")
 
 _SAMPLES_PER_CASE = 100_000
 _SAMPLES_IN_ALL = 100_000_000
+_PEAK_COPIES = 12
 # Voxels looked at for the shares of integers and air; extremes are exact.
 _HINT_VOXELS = 200_000
 
@@ -106,7 +107,8 @@ def fingerprint(dataset: Dataset, *, workers: int | None = None) -> dict:
 def estimated_case_bytes(dataset: Dataset) -> int:
     """Peak memory of working on the largest case: its float32 voxels, times what copies and resampling need.
 
-    Read from headers only. 12 copies were measured as nnU-Net's peak for resampling in float64 with labels.
+    Read from headers only. Measured on 2026-11-20: preprocessing a CT with 62 labels (21.5 M voxels after resampling) peaked at
+    11.5 float32 copies of the resampled image.
     """
     largest = 0
     for case in dataset.cases:
@@ -118,7 +120,7 @@ def estimated_case_bytes(dataset: Dataset) -> int:
             largest = max(largest, case.images[0].stat().st_size * len(case.images) * 4)
             continue
         largest = max(largest, int(np.prod(header.GetSize())) * len(case.images) * 4)
-    return largest * 12
+    return largest * _PEAK_COPIES
 
 
 def _inputs_hash(dataset: Dataset) -> str:

@@ -64,7 +64,7 @@ class Budget:
 
 
 FULL = Budget(32, 99, (1, 3, 4, *[6] * 10), None, None, None)
-# Measured on two cores: an iteration takes about 0.2 s (benchmarks/results/2026-11-20_hippocampus_cpu.md).
+# On two cores an epoch of 50 + 10 iterations takes 11 s (benchmarks/results/2026-11-20_hippocampus_cpu.md).
 CPU = Budget(8, 4, (1, 1, 2, 2), 48**3, 256**2, 2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from planners.cases import WorkerLost, run_cases, worker_count
@@ -87,3 +88,10 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_wait(monkeypatch):
     monkeypatch.setattr("planners.cases._start_worker", no_worker)
     outcomes = run_cases(double, arguments(2), description="Doubling", workers=1)
     assert all("no process can be started" in str(outcome.error) for outcome in outcomes.values())
+
+
+def test_another_executor_runs_the_cases():
+    with ThreadPoolExecutor(2) as executor:
+        outcomes = run_cases(fail_on_three, arguments(5), description="Elsewhere", executor=executor)
+    assert [o.value for o in outcomes.values()] == [0, 1, 2, None, 4]
+    assert "three is not supported" in str(outcomes["case_3"].error)
