@@ -14,11 +14,12 @@ import torch
 
 from planners.anisotropy import degree_of_anisotropy
 from planners.dataset import Dataset
-from planners.errors import DatasetError, SettingsError
+from planners.errors import SettingsError
 from planners.files import read_json, replacing, write_json
 from planners.plans import plan_hash
 from pretrain.checkpoint import CARD_NAME, EncoderCard
 from pretrain.method import PretrainMethod, Target
+from pretrain.safe_load import load_torch
 from pretrain.settings import configure
 from pretrain.volumes import Pool
 
@@ -166,12 +167,7 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     path = folder / STATE_NAME
     if not path.is_file():
         return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise DatasetError(
-            "The state of this run cannot be read", where=path, found=error, remedy="start again with --overwrite"
-        ) from error
+    return load_torch(path, what="state of this run", remedy="start again with --overwrite")
 
 
 def describe_encoder(

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from planners.errors import DatasetError, UnsafeFile
+from planners.errors import DatasetError
 from planners.files import replacing
-
-# What a stock nnU-Net checkpoint holds beside tensors and plain values: logged numbers. numpy 1 and 2 name them differently.
-_NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # type: ignore[index]
-_NUMPY_GLOBALS: list[Any] = [
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in ("float64", "float32", "float16", "int64", "int32", "bool")},
-    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-]
+from pretrain.safe_load import load_torch
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
@@ -29,20 +20,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     """
     if not Path(path).is_file():
         raise DatasetError("No such checkpoint", where=path)
-    try:
-        with torch.serialization.safe_globals(_NUMPY_GLOBALS):
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "global" not in str(error).lower():
-            raise _broken(path, error) from error
-        raise UnsafeFile(
-            "The checkpoint asks for code to be run; nothing of it was",
-            where=path,
-            found=next((line.strip()[:200] for line in str(error).splitlines() if "GLOBAL" in line), "not plain data"),
-            remedy="do not use this file unless you know who made it",
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise _broken(path, error) from error
+    checkpoint = load_torch(path, device, remedy="train or copy it again")
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise DatasetError("Not a checkpoint of nnU-Net", where=path, expected="a dict with network_weights")
     return checkpoint
@@ -63,9 +41,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return value
-
-
-def _broken(path: str | Path, error: Exception) -> DatasetError:
-    return DatasetError(
-        "The checkpoint cannot be read", where=path, found=str(error).splitlines()[0], remedy="train or copy it again"
-    )
