@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(help="Turn scans and labels into a dataset.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
+weights_app = typer.Typer(help="Look at pretrained weights.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
 
 Root = Annotated[Path | None, typer.Option("--root", help="Data folder; else AUTOSEG_ROOT, else ./autoseg_data.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -201,7 +203,10 @@ def pretrain(
 def train(
     dataset: DatasetOption,
     pretrained: Annotated[
-        str | None, typer.Option("--pretrained", help="A method's name (this dataset's encoder) or a path.")
+        str | None,
+        typer.Option(
+            "--pretrained", help="A method's name (this dataset's encoder), a file or folder, or hf:owner/repo."
+        ),
     ] = None,
     plan: Plan = None,
     configuration: Configuration = None,
@@ -213,9 +218,13 @@ def train(
     lr: Annotated[float | None, typer.Option("--lr", help="Initial learning rate.")] = None,
     settings: Settings = None,
     allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Take an encoder whose pretraining is not finished.")
+        bool,
+        typer.Option("--allow-partial", help="Take unfinished encoders, and weights that fill only a part of one."),
     ] = False,
     show_config: ShowConfig = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the settings and what becomes of every pretrained tensor, and stop.")
+    ] = False,
     device: Device = None,
     overwrite: Overwrite = False,
     root: Root = None,
@@ -236,10 +245,35 @@ def train(
         settings={**_settings(settings, prefix="train."), **{k: v for k, v in given.items() if v is not None}},
         allow_partial=allow_partial,
         show_config=show_config,
+        dry_run=dry_run,
+        on_dry_run=_show_job if dry_run else None,
         device=device,
         overwrite=overwrite,
         root=root,
     )
+
+
+@weights_app.command("inspect")
+def weights_inspect(
+    source: Annotated[str, typer.Argument(help="A file or folder of weights, or hf:owner/repo.")],
+    dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Say what would load into its plan.")] = None,
+    plan: Plan = None,
+    configuration: Configuration = None,
+    device: Device = None,
+    root: Root = None,
+    debug: Debug = False,
+) -> None:
+    """Say what a file of weights is, and what of it would load into a dataset's plan."""
+    _begin(root)
+    from autoseg import commands, console
+
+    weights, fitted = commands.inspect_weights(
+        source, dataset, plan=plan, configuration=configuration, device=device, root=root
+    )
+    console.print_weights(weights)
+    if fitted is not None:
+        console.print_fit(fitted)
+        print(f"Next: autoseg train -d {dataset} --pretrained {source}")
 
 
 @app.command("predict")
@@ -349,6 +383,17 @@ def _begin(root: Path | None) -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     print(f"Data: {paths.configure(root)}")
+
+
+def _show_job(job: Any, report: Any) -> None:
+    """What `train --dry-run` shows beside the settings."""
+    from autoseg import console
+
+    if job.fit is not None:
+        console.print_fit(job.fit)
+    elif report is not None:
+        console.print_transfer(report)
+    print("Nothing was written; leave --dry-run out to train.")
 
 
 def _converted(folder: Path, dataset: int) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from autoseg.evaluate import Evaluation
     from planners.planner import PlannedPair
     from planners.verify import Problem
+    from pretrain.fit import Fit
+    from pretrain.importers.weights import Weights
     from trainers.predict import PredictionSummary
 
 
@@ -151,6 +153,39 @@ def train(dataset: int | str, *, root: str | Path | None = None, **options: Any)
     from trainers.train import train as run
 
     return run(dataset, **options)
+
+
+def inspect_weights(
+    source: str | Path,
+    dataset: int | str | None = None,
+    *,
+    plan: str | None = None,
+    configuration: str | None = None,
+    device: str | None = None,
+    root: str | Path | None = None,
+) -> tuple[Weights, Fit | None]:
+    """What a file or folder of weights is and, with a dataset, what would load into its plan. Nothing is written."""
+    paths.configure(root)
+    name = None if dataset is None else paths.resolve_dataset(dataset)
+    from pretrain.importers.reading import read_weights
+
+    weights = read_weights(Path(source))
+    if name is None:
+        return weights, None
+    from planners.dataset import load_dataset
+    from planners.device import choose_device
+    from planners.plans import choose_plan
+    from pretrain.fit import IMPORTED_SHARE, fit
+
+    fitted = fit(
+        load_dataset(name),
+        weights,
+        plan_name=choose_plan(name, plan, choose_device(device).type),
+        configuration=configuration,
+        keep_data=plan is not None,
+        minimum_share=IMPORTED_SHARE,
+    )
+    return weights, fitted
 
 
 def predict(

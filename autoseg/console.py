@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from planners.intensity import IntensityScheme
     from planners.planner import PlannedPair
     from planners.verify import Problem
+    from pretrain.fit import Fit
+    from pretrain.importers.weights import Weights
+    from pretrain.transfer import TransferReport
 
 _STYLE = {"error": "bold red", "warning": "yellow"}
 
@@ -69,6 +74,63 @@ def print_plans(pair: PlannedPair) -> None:
         console.print("Both plans were there already and are unchanged.")
 
 
+def print_weights(weights: Weights) -> None:
+    """What a file of weights is: one fact a line, then its warnings."""
+    from planners.decisions import times
+
+    console = wide_console()
+    unknown = "not stated in the file"
+    spacing, patch = weights.spacing, weights.patch_size
+    facts = {
+        "recognised as": weights.kind,
+        "method": weights.method,
+        "network": _network_text(weights),
+        "tensors": f"{len(weights.tensors)} ({weights.parameters / 1e6:.1f} M numbers), {weights.scope}"
+        + (f", its {', '.join(weights.part)} only" if weights.part else "")
+        + (f"; {len(weights.dropped)} of the file not used" if weights.dropped else ""),
+        "input channels": str(weights.channels),
+        "spacing, mm": unknown if spacing is None else times([float(s) for s in spacing]),
+        "patch, voxels": unknown if patch is None else times(patch),
+        "intensities": "; ".join(_scheme_text(s) for s in weights.intensity) if weights.intensity else unknown,
+        "modality": weights.modality or unknown,
+        "trained on": weights.trained_on or unknown,
+        "licence": weights.licence or unknown,
+        "cite": weights.citation or unknown,
+        "SHA-256": weights.sha256,
+    }
+    table = Table("", "", title=weights.name, title_justify="left", show_header=False)
+    for fact, value in facts.items():
+        table.add_row(fact, escape(value))
+    console.print(table)
+    for reason, names in _by_reason(weights.dropped).items():
+        console.print(f"  not used: {len(names)} tensors ({_some(names)}): {reason}", markup=False)
+    for warning in weights.warnings:
+        console.print(f"[yellow]note[/] {escape(warning)}")
+
+
+def print_fit(fitted: Fit) -> None:
+    """How weights and plan were brought together, and what becomes of every tensor."""
+    console = wide_console()
+    table = Table("decision", "value", "because", "to change", title_justify="left",
+                  title=f"Into {fitted.plan_name}, {fitted.configuration}")  # fmt: skip
+    for row in fitted.decisions:
+        table.add_row(row.name, escape(row.value), escape(row.because), escape(row.change))
+    console.print(table)
+    print_transfer(fitted.report)
+    if fitted.unwritten:
+        console.print(f"  training would write {', '.join(plan['plans_name'] for plan in fitted.unwritten)}")
+
+
+def print_transfer(report: TransferReport) -> None:
+    """Every tensor and what becomes of it, those not simply loaded first; then the sum."""
+    console = wide_console()
+    table = Table("tensor", "", "why")
+    for name, status, why in report.rows():
+        table.add_row(name, status, escape(why))
+    console.print(table)
+    console.print(report.summary())
+
+
 def print_methods(name: str | None) -> None:
     """All methods, or the settings of one with both presets."""
     from pretrain.catalog import METHODS
@@ -87,3 +149,38 @@ def print_methods(name: str | None) -> None:
     for row in settings_table(name):
         table.add_row(*row)
     console.print(table)
+
+
+def _network_text(weights: Weights) -> str:
+    arguments = weights.architecture["arch_kwargs"]
+    name = weights.architecture["network_class_name"].rpartition(".")[2]
+    sizes = {
+        "feature_size": "feature size",
+        "features_per_stage": "features",
+        "n_blocks_per_stage": "blocks",
+        "embed_dim": "width",
+        "eva_depth": "depth",
+    }
+    told = [f"{text} {_dashed(arguments[key])}" for key, text in sizes.items() if key in arguments]
+    return ", ".join([name, f"{weights.spatial_dims}D", *told])
+
+
+def _dashed(value: object) -> str:
+    return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _scheme_text(scheme: IntensityScheme) -> str:
+    return (
+        scheme.name if scheme.window is None else f"{scheme.name} [{scheme.window[0]:g}, {scheme.window[1]:g}] → [0, 1]"
+    )
+
+
+def _by_reason(dropped: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in dropped:
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

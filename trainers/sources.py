@@ -1,35 +1,47 @@
-"""Which encoder `--pretrained` means, and which plan and configuration it decides."""
+"""Which weights `--pretrained` means, and which plan and configuration they decide."""
 
 from __future__ import annotations
 
-import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from planners.errors import PlanError, SettingsError
 from planners.paths import results
 from planners.plans import CPU_SUFFIX, load_plan, plan_hash
-from pretrain.checkpoint import CARD_NAME, WEIGHTS_NAME, EncoderCard, find_encoders, load_encoder, refuse_unfinished
+from pretrain.checkpoint import CARD_NAME, EncoderCard, find_encoders, refuse_unfinished
+from pretrain.fit import IMPORTED_SHARE
+from pretrain.importers.reading import read_weights
+from pretrain.importers.weights import Weights
+
+_ANY_SHARE = 1e-6
+"""With --allow-partial: something must be loaded."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An encoder to start from."""
+    """Weights to start from."""
 
-    name: str
-    """Names the run: the last part of its path."""
-    tensors: dict[str, Tensor]
-    card: EncoderCard
-    sha256: str
+    weights: Weights
     plan_name: str | None
-    """The plan it decides; None when it was not pretrained with a plan of this dataset as it is now."""
+    """The plan they decide; None when they were not pretrained with a plan of this dataset as it is now."""
+    minimum_share: float
+    """Share of the encoder they must fill."""
+
+    @property
+    def name(self) -> str:
+        """Names the run: the last part of their path."""
+        return self.weights.name
 
     def identity(self) -> dict:
         """What a run keeps of its origin: no paths."""
-        return {"name": self.name, "method": self.card.method, "dataset": self.card.dataset, "sha256": self.sha256}
+        card = self.weights.card
+        return {
+            "name": self.name,
+            "kind": self.weights.kind,
+            "method": self.weights.method,
+            "dataset": card.dataset if card else None,
+            "sha256": self.weights.sha256,
+        }
 
 
 def find_source(
@@ -41,39 +53,34 @@ def find_source(
     *,
     allow_partial: bool = False,
 ) -> Source:
-    """Resolve `--pretrained`: the name of an encoder of this dataset (all plans and configurations unless given), or a
-    path to an encoder's folder or file.
+    """Resolve `--pretrained`: the name of an encoder of this dataset (all plans and configurations unless given), or a path
+    to weights: an encoder's folder or file, or a file somebody else published (`pretrain.importers`).
 
     Raises SettingsError when it is not clear which encoder is meant or when `plan_name` or `configuration` contradict
     it, PretrainedMismatch for an unfinished one.
     """
     text = str(pretrained)
-    if text.startswith("hf:"):
-        raise SettingsError(
-            "Encoders cannot be fetched from the Hugging Face Hub yet",
-            found=text,
-            remedy="download it and give the folder that holds encoder.safetensors and encoder.json",
-        )
     if "/" in text or "\\" in text or Path(text).exists():
-        folder = Path(text).parent if text.endswith(".safetensors") else Path(text)
+        path = Path(text)
     else:
-        folder = _named(dataset_name, text, plan_name, configuration, device_type)
-    tensors, card = load_encoder(folder)
+        path = _named(dataset_name, text, plan_name, configuration, device_type)
+    weights = read_weights(path)
+    card = weights.card
+    if card is None:
+        return Source(weights, None, _ANY_SHARE if allow_partial else IMPORTED_SHARE)
     if not allow_partial:
-        refuse_unfinished(card, folder)
+        refuse_unfinished(card, path)
     decided = _plan_of(dataset_name, card)
     for asked, own, option in ((plan_name, decided, "-p"), (configuration, card.configuration, "-c")):
         if asked is not None and decided is not None and asked != own:
             raise SettingsError(
                 "The encoder was pretrained with something else",
-                where=folder,
+                where=path,
                 found=f"{option} {asked}",
                 expected=f"{option} {own}",
                 remedy=f"leave {option} out, or pretrain again with it",
             )
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", folder.resolve().name).strip(".-") or card.method
-    sha256 = hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
-    return Source(name, tensors, card, sha256, decided)
+    return Source(weights, decided, 1.0)
 
 
 def _named(dataset_name: str, name: str, plan_name: str | None, configuration: str | None, device_type: str) -> Path:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from planners import plans
+from planners.configurations import derivable, with_configuration
 from planners.dataset import load_dataset
 from planners.device import choose_device
 from planners.errors import PlanError, SettingsError
@@ -23,7 +24,9 @@ from planners.paths import resolve_dataset
 from planners.preprocess import is_preprocessed, preprocess_dataset
 from planners.quiet import nnunet_quiet
 from planners.run_names import check_run_name
+from pretrain.fit import Fit, fit, try_transfer
 from pretrain.networks.registry import check_architecture
+from pretrain.transfer import TransferReport
 from trainers.base import AutosegTrainer
 from trainers.runs import (
     FINAL,
@@ -58,10 +61,14 @@ class Job:
     device: torch.device
     folder: Path
     folds: tuple[int | str, ...]
+    fit: Fit | None
+    """How weights from elsewhere and the plan were brought together."""
+    unwritten: tuple[dict, ...]
+    """Plans that must be on disk before the training begins."""
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(setting, value, origin) for `--show-config`."""
-        source = "none" if self.source is None else f"{self.source.name} ({self.source.sha256[:12]})"
+        source = "none" if self.source is None else f"{self.source.name} ({self.source.weights.sha256[:12]})"
         return [
             ("plan", self.plan_name, ""),
             ("configuration", self.configuration, ""),
@@ -70,6 +77,18 @@ class Job:
             ("device", str(self.device), ""),
             *self.resolved.rows(),
         ]
+
+    def expected_transfer(self) -> TransferReport | None:
+        """What will become of every tensor of the weights, found out on a network that is thrown away."""
+        if self.fit is not None or self.source is None:
+            return None if self.fit is None else self.fit.report
+        return try_transfer(
+            self.plan,
+            self.configuration,
+            load_dataset(self.dataset_name).json,
+            self.source.weights,
+            self.source.minimum_share,
+        )
 
 
 def train(
@@ -86,6 +105,8 @@ def train(
     validation_only: bool = False,
     allow_partial: bool = False,
     show_config: bool = False,
+    dry_run: bool = False,
+    on_dry_run: Callable[[Job, TransferReport | None], None] | None = None,
 ) -> list[Path]:
     """Train folds of a dataset in turn; returns their folders.
 
@@ -98,8 +119,10 @@ def train(
         run: name of the run; `scratch` for the one without a name.
         overwrite: train these folds again from the start.
         validation_only: predict and measure the validation cases of finished folds again where masks are missing.
-        allow_partial: accept an encoder whose pretraining is not finished.
+        allow_partial: accept an encoder whose pretraining is not finished, and weights that fill little of the encoder.
         show_config: only say what would be trained: every setting, its value and where it came from.
+        dry_run: the same, and what would become of every pretrained tensor; nothing is written.
+        on_dry_run: called with the job and the report of the transfer, if there are weights to transfer.
     """
     job = prepare(
         dataset,
@@ -113,12 +136,17 @@ def train(
         overwrite=overwrite,
         allow_partial=allow_partial,
     )
-    if show_config:
+    if show_config or dry_run:
         for setting, value, origin in job.rows():
             logger.info("%-24s %-24s %s", setting, value, origin)
+        if dry_run and on_dry_run is not None:
+            on_dry_run(job, job.expected_transfer())
         return []
     if validation_only or not all(_is_finished(job.folder / f"fold_{fold}") for fold in job.folds) or overwrite:
         _say_what_will_happen(job)
+    for plan_to_write in job.unwritten:
+        write_json(plans.plan_path(job.dataset_name, plan_to_write["plans_name"]), plan_to_write)
+        logger.info("Wrote plan %s", plan_to_write["plans_name"])
     if not is_preprocessed(job.dataset_name, job.plan, job.configuration):
         logger.info("The data of %s are not preprocessed yet; doing that first", job.configuration)
         preprocess_dataset(job.dataset_name, job.plan_name, [job.configuration])
@@ -141,7 +169,7 @@ def prepare(
     overwrite: bool = False,
     allow_partial: bool = False,
 ) -> Job:
-    """Decide everything `train` needs, without writing anything. Arguments as for `train`."""
+    """Decide everything `train` needs, without writing any plan, data or result. Arguments as for `train`."""
     name = resolve_dataset(dataset)
     chosen_device = choose_device(device)
     given = dict(settings or {})
@@ -152,9 +180,25 @@ def prepare(
     plan_name = plan or (source.plan_name if source else None)
     plan_name = plans.choose_plan(name, plan_name, chosen_device.type)
     content = plans.load_plan(name, plan_name)
-    if configuration is None and source is not None and source.card.configuration in content["configurations"]:
-        configuration = source.card.configuration
+    fitted: Fit | None = None
+    unwritten: tuple[dict, ...] = ()
+    if source is not None and source.plan_name is None:
+        fitted = fit(
+            load_dataset(name),
+            source.weights,
+            plan_name=plan_name,
+            configuration=configuration,
+            keep_data=plan is not None,
+            minimum_share=source.minimum_share,
+        )
+        content, configuration, unwritten = fitted.plan, fitted.configuration, fitted.unwritten
+        plan_name = fitted.plan_name
+    elif source is not None and source.weights.card is not None:
+        configuration = source.weights.card.configuration
     configuration = configuration or plans.default_configuration(content)
+    if configuration not in content["configurations"] and derivable(configuration):
+        content = with_configuration(content, configuration)
+        unwritten = (content,)
     resolved_configuration = plans.resolved(content, configuration)
     check_architecture(resolved_configuration["architecture"])
     if resolved_configuration.get("previous_stage"):
@@ -174,14 +218,19 @@ def prepare(
         job_plan = stored
     else:
         budget = content.get("autoseg", {}).get("budget", "full")
-        resolved = resolve(given, budget=budget, device=chosen_device.type, pretrained=source is not None)
+        network = resolved_configuration["architecture"]["network_class_name"].rpartition(".")[2]
+        resolved = resolve(
+            given, budget=budget, device=chosen_device.type, pretrained=source is not None, network=network
+        )
         job_plan = copy.deepcopy(content)
         job_plan.setdefault("autoseg", {})["train"] = {
             **dataclasses.asdict(resolved.settings),
             "run": run,
             "pretrained": source.identity() if source else None,
         }
-    return Job(name, job_plan, plan_name, configuration, run, resolved, source, chosen_device, folder, folds)
+    return Job(
+        name, job_plan, plan_name, configuration, run, resolved, source, chosen_device, folder, folds, fitted, unwritten
+    )
 
 
 def _run_name(run: str | None, source: Source | None) -> str | None:
@@ -224,7 +273,7 @@ def _existing(
     asked = dataclasses.asdict(validated({**dataclasses.asdict(settings), **given}))
     own = dataclasses.asdict(settings)
     different = [f"train.{key}={asked[key]} (the run has {own[key]})" for key in given if asked[key] != own[key]]
-    if source is not None and (options.get("pretrained") or {}).get("sha256") != source.sha256:
+    if source is not None and (options.get("pretrained") or {}).get("sha256") != source.weights.sha256:
         different.append(f"--pretrained {source.name} (the run has {options.get('pretrained') or 'none'})")
     if plans.plan_hash(stored, configuration) != plans.plan_hash(content, configuration):
         different.append(f"plan {content['plans_name']} (it has changed since the run was begun)")
@@ -246,18 +295,27 @@ def _source_of(
     begun = all(any((folder / f"fold_{fold}" / name).is_file() for name in (LATEST, FINAL)) for fold in folds)
     if identity is None or begun:
         return None
-    source = find_source(dataset_name, identity["name"], None, None, device_type, allow_partial=True)
-    if source.sha256 != identity["sha256"]:
-        raise SettingsError(
-            "The encoder this run was begun with is not there any more",
-            where=folder,
-            found=f"another encoder called {identity['name']}",
-            remedy="give the one of then with --pretrained PATH, or begin again with --overwrite",
-        )
+    missing = SettingsError(
+        "The weights this run was begun with are not found",
+        where=folder,
+        expected=f"{identity['name']}, SHA-256 {identity['sha256'][:12]}…",
+        remedy="give them with --pretrained PATH, or begin again with --overwrite",
+    )
+    try:
+        source = find_source(dataset_name, identity["name"], None, None, device_type, allow_partial=True)
+    except SettingsError as error:
+        raise missing from error
+    if source.weights.sha256 != identity["sha256"]:
+        raise missing
     return source
 
 
 def _say_what_will_happen(job: Job) -> None:
+    for decision in () if job.fit is None else job.fit.decisions:
+        logger.info("%s: %s — %s (%s)", decision.name, decision.value, decision.because, decision.change)
+    if job.source is not None:
+        for warning in job.source.weights.warnings:
+            logger.warning("%s: %s", job.source.name, warning)
     settings = job.resolved.settings
     start = "new weights" if job.source is None else f"the encoder {job.source.name}"
     if job.resolved.origins["epochs"] == "run" and options_of(job.plan).get("pretrained"):
@@ -309,7 +367,7 @@ def _train_fold_alone(job: Job, fold: int | str, folder: Path, overwrite: bool, 
         )
     begun = final if final.is_file() else latest if latest.is_file() else None
     if job.source is not None and begun is None:
-        trainer.pretrained = (job.source.tensors, job.source.card.scope)
+        trainer.pretrained, trainer.minimum_share = job.source.weights, job.source.minimum_share
     trainer.initialize()
     if job.source is not None and trainer.transfer_report is not None:
         _report_transfer(job, job.source, trainer, fold)
@@ -325,13 +383,13 @@ def _report_transfer(job: Job, source: Source, trainer: AutosegTrainer, fold: in
     report = trainer.transfer_report
     if report is None:
         return
-    trainer.say(f"Weights of {source.name} ({source.card.method}): {report.summary()}")
+    trainer.say(f"Weights of {source.name} ({source.weights.kind}): {report.summary()}")
     for name, rule in report.adapted:
         trainer.say(f"    adapted  {name}  {rule}")
     write_json(job.folder / "transfer.json", {"source": source.identity(), **report.to_json()})
-    if fold == "all":
+    if fold == "all" or source.weights.card is None:
         return
-    seen = set(source.card.cases)
+    seen = set(source.weights.card.cases)
     held_out = plans.folds(job.dataset_name)[int(fold)]["val"]
     known = [case for case in held_out if case in seen or f"{job.dataset_name}/{case}" in seen]
     if known:
