@@ -2,13 +2,16 @@
 
 Rules: another number of input channels takes the sum over the old ones, spread evenly over the new ones, so that the
 response to equal channels stays; a kernel of depth 3 becomes depth 1 by summing, depth 1 becomes depth 3 by placing it
-in the centre, so that the response to a volume that is constant along the slices stays. Any other difference in shape
-means that the tensor is not used.
+in the centre, so that the response to a volume that is constant along the slices stays. A 3d kernel becomes 2d by the same
+sum and a 2d kernel is one of depth 1; up-sampling kernels, whose slices lie beside each other in the output, are averaged
+or repeated instead. A table of positions is interpolated linearly over its grid, corner on corner. Any other difference in
+shape means that the tensor is not used. Integer tensors are derived from the network's sizes: never copied, but compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +46,7 @@ class TransferReport:
         """(tensor, what became of it, why) for every tensor, the loaded ones last."""
         return [
             *((name, "new", why) for name, why in self.new),
-            *((name, "unused", "the network has no such tensor of that shape") for name in self.unused),
+            *((name, "unused", "the network has no such tensor, or one of another shape") for name in self.unused),
             *((name, "adapted", rule) for name, rule in self.adapted),
             *((name, "loaded", "") for name in self.loaded),
         ]
@@ -56,49 +59,79 @@ class TransferReport:
         )
 
 
-def transfer(tensors: Mapping[str, Tensor], target: nn.Module, *, minimum_share: float = 1.0) -> TransferReport:
-    """Copy `tensors` into `target` in place. `target` is an encoder, or a whole network with a submodule `encoder`.
+def transfer(
+    tensors: Mapping[str, Tensor],
+    target: nn.Module,
+    *,
+    minimum_share: float = 1.0,
+    position_grids: Mapping[str, tuple[int, ...]] | None = None,
+    part: Sequence[str] = (),
+) -> TransferReport:
+    """Copy `tensors` into `target` in place. `target` is an encoder, or a whole network with an `encoder`.
 
-    Tensors registered under several names count once. Raises PretrainedMismatch, with the table and without having
-    changed anything, when less than `minimum_share` of the target's encoder would be filled.
+    Tensors registered under several names count once.
+
+    Args:
+        position_grids: token grid of each position table among `tensors`; those of the target are its encoder's
+            `position_grids`.
+        part: submodules of the encoder that `tensors` are meant for; `minimum_share` is then asked of these alone.
+
+    Raises PretrainedMismatch, with the table and without having changed anything, when less than `minimum_share` of the
+    target's encoder would be filled, or when a derived tensor differs.
     """
     state = target.state_dict()
+    _compare_derived(tensors, state)
     encoder = getattr(target, "encoder", target)
-    encoder_tensors = {identity(tensor) for tensor in encoder.state_dict().values()}
-    entry = next((identity(t) for t in encoder.state_dict().values() if t.ndim >= 4), None)
+    encoder_state = {n: t for n, t in encoder.state_dict().items() if t.is_floating_point()}
+    in_encoder = {identity(tensor) for tensor in encoder_state.values()}
+    wanted = {identity(t) for n, t in encoder_state.items() if not part or n.startswith(tuple(f"{p}." for p in part))}
+    grids = {identity(encoder_state[n]): grid for n, grid in getattr(encoder, "position_grids", {}).items()}
+    upsampling = {
+        identity(m.weight) for m in target.modules() if isinstance(m, nn.ConvTranspose2d | nn.ConvTranspose3d)
+    }
 
+    matches = [
+        (names, state[names[0]], next((name for name in names if name in tensors), None))
+        for names in distinct((name, tensor) for name, tensor in state.items() if tensor.is_floating_point())
+    ]
+    channels = _image_channels(encoder_state, matches, tensors)
     loaded: list[str] = []
     adapted: list[tuple[str, str]] = []
     new: list[tuple[str, str]] = []
     used: set[str] = set()
     copies: list[tuple[Tensor, Tensor]] = []
-    filled = total = 0
-    for names in distinct(state.items()):
-        tensor = state[names[0]]
-        source_name = next((name for name in names if name in tensors), None)
-        counted = tensor.numel() if identity(tensor) in encoder_tensors else 0
-        total += counted
+    filled: set[tuple] = set()
+    for names, tensor, source_name in matches:
         if source_name is None:
-            new.append((names[0], "not among the pretrained tensors"))
+            new.append((names[0], _absence(names[0], tensors)))
             continue
-        value, rule = _fit(tensors[source_name], tensor.shape, is_input=identity(tensor) == entry)
+        source, mine = tensors[source_name], identity(tensor)
+        if mine in grids and source_name in (position_grids or {}):
+            value, rule = _resample_table(source, tensor.shape, (position_grids or {})[source_name], grids[mine])
+        else:
+            value, rule = _fit(
+                source, tensor.shape, channels if mine in in_encoder else None, upsampling=mine in upsampling
+            )
         if value is None:
             new.append((names[0], rule))
             continue
         used.update(name for name in names if name in tensors)
         copies.append((tensor, value))
-        filled += counted
+        filled.add(mine)
         if rule:
             adapted.append((names[0], rule))
         else:
             loaded.append(names[0])
 
-    unused = tuple(names[0] for names in distinct(tensors.items()) if not used.intersection(names))
-    report = TransferReport(filled / max(total, 1), tuple(loaded), tuple(adapted), tuple(new), unused)
-    if report.encoder_share < minimum_share:
+    derived = {name for name, tensor in tensors.items() if name in state and not tensor.is_floating_point()}
+    unused = tuple(names[0] for names in distinct(tensors.items()) if not (used | derived).intersection(names))
+    sizes = {identity(tensor): tensor.numel() for tensor in encoder_state.values()}
+    report = TransferReport(_share(sizes, in_encoder, filled), tuple(loaded), tuple(adapted), tuple(new), unused)
+    share = _share(sizes, wanted, filled)
+    if share < minimum_share:
         raise PretrainedMismatch(
             "The pretrained weights do not fit this network\n" + _table(report),
-            found=f"{_percent(report.encoder_share)} of the encoder",
+            found=f"{_percent(share)} of the encoder" + (f"'s {', '.join(part)}" if part else ""),
             expected=f"at least {_percent(minimum_share)}",
             remedy="pretrain with the plan and configuration that is trained here, or leave out --pretrained",
         )
@@ -123,23 +156,108 @@ def distinct(named: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
     return [sorted(names, key=len) for names in groups.values()]
 
 
-def _fit(source: Tensor, shape: torch.Size, *, is_input: bool) -> tuple[Tensor | None, str]:
+def _share(sizes: Mapping[tuple, int], wanted: set[tuple], filled: set[tuple]) -> float:
+    return sum(sizes[key] for key in wanted & filled) / max(sum(sizes[key] for key in wanted), 1)
+
+
+def _compare_derived(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Index tables follow from the sizes of a network: where they differ, equal shapes do not mean equal networks."""
+    for name, source in tensors.items():
+        target = state.get(name)
+        if target is None or target.is_floating_point() or target.ndim == 0 or source.shape != target.shape:
+            continue
+        if not torch.equal(source.to(target.device), target):
+            raise PretrainedMismatch(
+                "A table that follows from the network's sizes differs between the pretrained weights and this network",
+                found=name,
+                remedy="the weights come from another kind of network; use the one they were made for",
+            )
+
+
+def _image_channels(
+    encoder_state: Mapping[str, Tensor], matches: Iterable[tuple[list[str], Tensor, str | None]], tensors: Mapping
+) -> tuple[int, int] | None:
+    """Input channels of the source's and the target's first kernel. Every kernel of the encoder with the same two numbers
+    looks at the image too, as the second branch of SwinUNETR does; None where they are equal."""
+    first = next((identity(tensor) for tensor in encoder_state.values() if tensor.ndim >= 4), None)
+    for _, tensor, source_name in matches:
+        if identity(tensor) == first and source_name is not None and tensors[source_name].ndim >= 4:
+            old, new = tensors[source_name].shape[1], tensor.shape[1]
+            return None if old == new else (old, new)
+    return None
+
+
+def _fit(
+    source: Tensor, shape: torch.Size, channels: tuple[int, int] | None, *, upsampling: bool
+) -> tuple[Tensor | None, str]:
     """`source` made to have `shape`, and the rule used ("" if none); None and the reason if no rule applies."""
     different = f"pretrained shape {tuple(source.shape)} against {tuple(shape)}"
+    rules = []
+    if (source.ndim, len(shape)) == (5, 4):
+        source = source.mean(2) if upsampling else source.sum(2)
+        rules.append(f"3d to 2d by the {'mean' if upsampling else 'sum'} over depth")
+    elif (source.ndim, len(shape)) == (4, 5):
+        source = source.unsqueeze(2)
+        rules.append("2d to 3d as depth 1")
     if source.ndim != len(shape):
         return None, different
-    rules = []
     if len(shape) == 5 and source.shape[2] != shape[2]:
-        if (source.shape[2], shape[2]) == (3, 1):
+        old, new = source.shape[2], shape[2]
+        if upsampling and 1 in (old, new):
+            source = source.mean(2, keepdim=True).expand(-1, -1, new, -1, -1)
+            rules.append(f"up-sampling depth {old} to {new} by {'the mean' if new == 1 else 'repeating'}")
+        elif (old, new) == (3, 1):
             source = source.sum(2, keepdim=True)
             rules.append("kernel depth 3 to 1 by summing")
-        elif (source.shape[2], shape[2]) == (1, 3):
+        elif (old, new) == (1, 3):
             source = nn.functional.pad(source, (0, 0, 0, 0, 1, 1))
             rules.append("kernel depth 1 to 3 around the centre")
-    if is_input and source.shape[1] != shape[1]:
-        rules.append(f"input channels {source.shape[1]} to {shape[1]} by the sum, spread evenly")
+    if channels is not None and len(shape) >= 4 and (source.shape[1], shape[1]) == channels:
+        rules.append(f"input channels {channels[0]} to {channels[1]} by the sum, spread evenly")
         source = (source.sum(1, keepdim=True) / shape[1]).expand(-1, shape[1], *source.shape[2:])
     return (source, ", ".join(rules)) if source.shape == shape else (None, different)
+
+
+def _resample_table(
+    source: Tensor, shape: torch.Size, old: Sequence[int], new: Sequence[int]
+) -> tuple[Tensor | None, str]:
+    """A table of positions (1, extra + tokens, features) on another token grid.
+
+    Extra tokens (class, registers) come first; those the target has no place for are dropped, from the end.
+    """
+    different = f"position table {tuple(source.shape)} of grid {tuple(old)} against {tuple(shape)} of {tuple(new)}"
+    extra, kept = (s[1] - math.prod(grid) if len(s) == 3 else -1 for s, grid in ((source.shape, old), (shape, new)))
+    if not 0 <= kept <= extra or len(old) != len(new) or source.shape[2] != shape[2]:
+        return None, different
+    table = source[:, extra:].float().reshape(1, *old, source.shape[2])
+    for axis, (before, after) in enumerate(zip(old, new, strict=True), start=1):
+        if before != after:
+            table = _resample_axis(table, axis, after)
+    rules = [f"positions {tuple(old)} to {tuple(new)} by linear interpolation"] if tuple(old) != tuple(new) else []
+    rules += [f"{extra - kept} of {extra} class tokens dropped"] if extra != kept else []
+    return torch.cat([source[:, :kept].float(), table.flatten(1, -2)], 1).to(source.dtype), ", ".join(rules)
+
+
+def _resample_axis(table: Tensor, axis: int, size: int) -> Tensor:
+    """`size` points between the first and the last of an axis; one point is the middle."""
+    last = table.shape[axis] - 1
+    at = torch.linspace(0, last, size) if size > 1 else torch.tensor([last / 2])
+    low = at.floor().long().clamp(max=max(last - 1, 0))
+    weight = (at - low).view(-1, *[1] * (table.ndim - axis - 1)).to(table)
+    high = (low + 1).clamp(max=last)
+    return torch.lerp(table.index_select(axis, low), table.index_select(axis, high), weight)
+
+
+def _absence(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Why a tensor of the target has no source: the outermost numbered part (a stage, a block) that the source lacks."""
+    parts = name.split(".")
+    for length in range(2, len(parts)):
+        start = ".".join(parts[:length])
+        if parts[length - 1].isdigit() and not any(other.startswith(start + ".") for other in tensors):
+            parent = ".".join(parts[: length - 1])
+            if any(other.startswith(parent + ".") for other in tensors):
+                return f"the pretrained network has no {start}"
+    return "not among the pretrained tensors"
 
 
 def _percent(share: float) -> str:

@@ -72,11 +72,12 @@ class Contents:
         return kept, (*dropped, *self.others)
 
 
-def read_contents(path: Path, file: Path, branch: str) -> Iterator[Contents]:
+def read_contents(path: Path, file: Path, beside: Mapping[str, Any], branch: str) -> Iterator[Contents]:
     """What `file` holds, one network at a time: the shared tensors with those of `branch`, then the other branch.
 
     Args:
         path: what the user gave, for names and messages; file: the file that holds the tensors.
+        beside: what lies beside it; the file's own entries count more.
         branch: `teacher` or `student`, whichever shall be looked at first.
 
     Raises DatasetError where there are no tensors, PretrainedMismatch where they are not finite.
@@ -107,7 +108,7 @@ def read_contents(path: Path, file: Path, branch: str) -> Iterator[Contents]:
             if other != chosen
             for name in branches[other]
         )
-        yield Contents(path, branches[chosen], chosen, extra, digest.hexdigest(), others)
+        yield Contents(path, branches[chosen], chosen, {**beside, **extra}, digest.hexdigest(), others)
 
 
 def read_extra_json(folder: Path, name: str) -> dict[str, Any] | None:

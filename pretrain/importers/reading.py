@@ -6,11 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from planners.errors import DatasetError, PretrainedMismatch
+import torch
+
+from planners.errors import AutosegError, DatasetError, PretrainedMismatch
+from pretrain.encoders import encoder_of
 from pretrain.importers import voco
 from pretrain.importers.autoseg_encoder import own_folder, read_own
 from pretrain.importers.contents import Contents, read_contents
+from pretrain.importers.folders import weights_file
 from pretrain.importers.weights import Weights
+from pretrain.networks.registry import build_network
 
 RECOGNISERS: tuple[tuple[str, Callable[[Contents], Weights | None]], ...] = (("VoCo and VoComni", voco.recognise),)
 """Tried in order; the first that knows the content takes it. A new family of files is one more module and one line."""
@@ -31,13 +36,39 @@ def read_weights(path: Path, *, branch: Literal["teacher", "student"] = "teacher
         raise DatasetError("No such file or folder of weights", where=path, remedy="check the path")
     if own := own_folder(path):
         return read_own(own)
+    file, beside = weights_file(path)
     first: Contents | None = None
-    for contents in read_contents(path, path, branch):
+    for contents in read_contents(path, file, beside, branch):
         first = first or contents
         for _, recognise in RECOGNISERS:
             if weights := recognise(contents):
-                return weights
+                return _verified(weights, path)
     raise _unknown(path, first)
+
+
+def _verified(weights: Weights, path: Path) -> Weights:
+    """Every tensor has a place of its shape in the network described; trainers may have built another one than they say."""
+    try:
+        with torch.device("meta"):
+            network = build_network(weights.architecture, weights.channels, 2, deep_supervision=False, initialise=False)
+    except AutosegError:
+        raise
+    except Exception as error:
+        raise PretrainedMismatch(
+            "The network that the file describes cannot be built", where=path, found=f"{type(error).__name__}: {error}"
+        ) from error
+    module = encoder_of(network) if weights.scope == "encoder" else network
+    places = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    wrong = [name for name, tensor in weights.tensors.items() if places.get(name) != tensor.shape]
+    if wrong:
+        raise PretrainedMismatch(
+            "The tensors do not belong to the network that the file describes",
+            where=path,
+            found=f"{weights.kind}; {len(wrong)} of {len(weights.tensors)} tensors have no place: {', '.join(wrong[:5])}",
+            expected=weights.architecture["network_class_name"].rpartition(".")[2],
+            remedy="these weights cannot be used here: they come from a changed network",
+        )
+    return weights
 
 
 def _unknown(path: Path, contents: Contents | None) -> PretrainedMismatch:

@@ -46,7 +46,9 @@ def swin_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Raises PretrainedMismatch where stages or tables are missing.
     """
+    first = tensors[_FIRST]
     depths, heads = [], []
+    side = 0
     for stage in range(1, 5):
         depths.append(len({n.split(".")[4] for n in tensors if n.startswith(f"swinViT.layers{stage}.0.blocks.")}))
         table = tensors.get(f"swinViT.layers{stage}.0.blocks.0.{_TABLE}")
@@ -55,8 +57,7 @@ def swin_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                 "The Swin transformer is not complete", found=f"no position table in stage {stage}"
             )
         heads.append(int(table.shape[1]))
-    first = tensors[_FIRST]
-    side = round(table.shape[0] ** (1 / (first.ndim - 2)))
+        side = round(table.shape[0] ** (1 / (first.ndim - 2)))
     return {
         "network_class_name": NETWORK,
         "arch_kwargs": {

@@ -25,6 +25,8 @@ def unet_name(name: str, *, decoder: bool) -> str:
     if match := _ALIAS.search(name):
         layer = "conv" if match.group(1) == "0" else "norm"
         name = f"{name[: match.start()]}.{layer}.{name[match.end() :]}"
+    if name.startswith(("stem.", "stages.")):
+        name = f"encoder.{name}"
     if name.startswith("encoder."):
         return name if decoder else name[len("encoder.") :]
     if name.startswith(("decoder.seg_layers.", "decoder.seg_layer.", "seg_layers.")):

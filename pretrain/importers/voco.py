@@ -11,7 +11,7 @@ from typing import Any
 from planners.intensity import WINDOWS, IntensityScheme
 from pretrain.importers.contents import Contents
 from pretrain.importers.swin import is_swin, swin_architecture, swin_input, swin_name
-from pretrain.importers.unet import unet_architecture, unet_name
+from pretrain.importers.unet import input_kernel, unet_architecture, unet_name
 from pretrain.importers.weights import Weights
 
 _10K = "de4160dc52436e2e437a4c0293822e5fd644f4858738aa14995866a2617fedcd"
@@ -45,7 +45,6 @@ def _swin(contents: Contents) -> Weights | None:
     if outputs is None and any(name.startswith("decoder") for name in contents.tensors):
         return None
     channels, dims = swin_input(tensors)
-    size = architecture["arch_kwargs"]["feature_size"]
     warnings = [_LEAK]
     if contents.branch:
         warnings.append(f"The file is a training dump of two networks; the {contents.branch} is taken")
@@ -82,9 +81,10 @@ def _unet(contents: Contents) -> Weights | None:
     arguments: dict[str, Any] = architecture["arch_kwargs"]
     outputs = {t.shape[0] for name, t in contents.tensors.items() if name.startswith("decoder.seg_layers.")}
     shape = (arguments["features_per_stage"], arguments["n_conv_per_stage"])
-    if shape != _UNET_SHAPE or outputs != {_CLASSES} or contents.extra:
+    if shape != _UNET_SHAPE or outputs != {_CLASSES}:
         return None
-    first = next(iter(tensors.values()))
+    first = input_kernel(tensors)
+    arguments["strides"][-1] = [1, 2, 2]  # as in the published plan
     return Weights(
         name=contents.name,
         kind="VoComni PlainConvUNet encoder for nnU-Net",
