@@ -10,6 +10,8 @@ import torch
 DEFAULT_GPU_MEMORY_GB = 8.0
 """nnU-Net's reference."""
 _USUAL_LABELS = 14
+MIN_EDGE = 4
+"""A patch axis is not halved below twice as many voxels (nnU-Net's UNet_featuremap_min_edge_length)."""
 
 
 @dataclass(frozen=True)

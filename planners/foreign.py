@@ -12,6 +12,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from planners.budget import (
     CPU,
     DEFAULT_GPU_MEMORY_GB,
+    MIN_EDGE,
     feature_map_elements,
     gpu_memory_gb,
     is_small,
@@ -29,8 +30,6 @@ UNETS = {
 }
 """Class -> its argument with the number of convolutions or blocks of each encoder stage."""
 
-# A patch axis is not halved below 2 * 4 voxels (nnU-Net's UNet_featuremap_min_edge_length).
-_MIN_EDGE = 4
 # nnU-Net's ResEnc planner: feature map elements of one patch that go with 8 GB and these batches.
 _REFERENCE = {3: (680_000_000, 2), 2: (135_000_000, 12)}
 _SMALLEST_BATCH = 2
@@ -56,13 +55,13 @@ def choose_unet(
 
     patch, divisor = start, [1] * dims
     while True:
-        _, strides, kernels, padded, divisor = get_pool_and_conv_props(parent["spacing"], patch, _MIN_EDGE, 999999)
+        _, strides, kernels, padded, divisor = get_pool_and_conv_props(parent["spacing"], patch, MIN_EDGE, 999999)
         patch = [int(n) for n in padded]
         fitted = _fitted(architecture, parent, strides, kernels)
         needed = _elements(fitted, parent, patch, label_count(plan))
         if math.prod(patch) <= voxels if voxels is not None else needed <= elements:
             break
-        patch = _shrunk(patch, divisor, median, parent["spacing"], least=_MIN_EDGE)
+        patch = _shrunk(patch, divisor, median, parent["spacing"], least=MIN_EDGE)
     if voxels is None:
         batch = max(_SMALLEST_BATCH, min(round(elements / needed * batch), parent["batch_size"]))
     else:

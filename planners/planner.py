@@ -20,7 +20,7 @@ from nnunetv2.experiment_planning.experiment_planners.resencUNet_planner import 
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from planners.anisotropy import anisotropy_facts, degree_of_anisotropy
-from planners.budget import CPU, DEFAULT_GPU_MEMORY_GB, FULL, Budget, feature_map_elements
+from planners.budget import CPU, DEFAULT_GPU_MEMORY_GB, FULL, MIN_EDGE, Budget, feature_map_elements
 from planners.configurations import carried_over
 from planners.dataset import Dataset
 from planners.decisions import explain
@@ -29,9 +29,6 @@ from planners.files import content_hash, write_json
 from planners.intensity import IntensityScheme, infer_scheme
 from planners.plans import CPU_SUFFIX, FULL_PLAN, load_plan, plan_hash, plan_path, trained_from
 from planners.quiet import nnunet_quiet
-
-# A patch axis is not halved below 2 * 4 voxels (nnU-Net's UNet_featuremap_min_edge_length).
-_MIN_EDGE = 4
 
 
 @dataclass(frozen=True)
@@ -262,7 +259,7 @@ class AutosegPlanner(ResEncUNetPlanner):
         """Give `plan` the user's patch and the strides and kernels that nnU-Net's rule derives from it."""
         if min(patch_size) < 1:
             raise PlanError("A patch needs positive sizes", found=patch_size)
-        _, strides, kernels, divisible, factors = get_pool_and_conv_props(spacing, patch_size, _MIN_EDGE, 999999)
+        _, strides, kernels, divisible, factors = get_pool_and_conv_props(spacing, patch_size, MIN_EDGE, 999999)
         if tuple(int(n) for n in divisible) != tuple(patch_size):
             lower = tuple(int(n // f * f) for n, f in zip(patch_size, factors, strict=True))
             raise PlanError(

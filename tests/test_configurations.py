@@ -269,7 +269,7 @@ def test_a_unets_patch_shrinks_with_the_memory():
     cpu = configuration_like(plan_for(budget="cpu", memory=24), UNET, **wanted)["patch_size"]
     assert torch.tensor(cpu).prod() <= 48**3
     with pytest.raises(PlanError, match="--gpu-memory"):
-        configuration_like(plan_for(memory=1e-4), UNET)
+        configuration_like(plan_for(memory=1e-5), UNET)
 
 
 def test_a_volume_network_becomes_a_slice_network_on_a_plan_of_slices():
