@@ -5,6 +5,7 @@ Every function takes `root`, the data root (`planners.paths.configure`), and rai
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,8 @@ def plan_and_preprocess(
     """Verify a dataset, decide both of its plans and preprocess it.
 
     Args:
-        configurations: what to preprocess; None: the default one, `3d_fullres` or else `2d`.
+        configurations: what to preprocess; None: the default one, `3d_fullres` or else `2d`. Missing ones that follow from
+            their name (`3d_fullres_swin`) are added to both plans.
         spacing: target spacing (z, y, x) in mm instead of the rule's.
         patch_size: patch of `3d_fullres` (three numbers) or `2d` (two) instead of the rule's.
         gpu_memory_gb: memory the full plan may use; "auto": what the GPU has, at most 24.
@@ -106,6 +108,7 @@ def plan_and_preprocess(
     memory_gb = _gpu_memory(gpu_memory_gb)
     schemes = None if intensity is None else tuple(parse_scheme(text) for text in intensity)
     paths.resolve_dataset(dataset)
+    from planners.configurations import ensure_configuration
     from planners.dataset import load_dataset
     from planners.fingerprint import fingerprint
     from planners.planner import Overrides, plan_dataset
@@ -124,9 +127,14 @@ def plan_and_preprocess(
             remedy=f"autoseg verify -d {loaded.id} lists them all, each with its remedy",
         )
     pair = plan_dataset(loaded, fingerprint(loaded, workers=workers), overrides, tag=plan_name)
+    wanted = list(configurations) if configurations else [default_configuration(pair.full)]
+    for configuration in wanted:
+        full, cpu = (
+            ensure_configuration(loaded.name, plan["plans_name"], configuration) for plan in (pair.full, pair.cpu)
+        )
+        pair = dataclasses.replace(pair, full=full, cpu=cpu)
     if on_planned is not None:
         on_planned(pair)
-    wanted = list(configurations) if configurations else [default_configuration(pair.full)]
     preprocess_dataset(loaded.name, pair.full["plans_name"], wanted, workers=workers)
     return pair
 

@@ -51,7 +51,7 @@ def print_problems(dataset: int | str, problems: Sequence[Problem]) -> None:
 def print_plans(pair: PlannedPair) -> None:
     """Both plans: every decision of the main configuration as value — because — how to change it, the others in a line."""
     from planners.decisions import times
-    from planners.plans import default_configuration, plan_path
+    from planners.plans import default_configuration, plan_path, resolved
 
     console = wide_console()
     for plan, purpose in ((pair.full, "for a GPU"), (pair.cpu, "for a CPU, on the same preprocessed data")):
@@ -67,7 +67,7 @@ def print_plans(pair: PlannedPair) -> None:
             if name != main and "patch_size" in configuration:
                 console.print(
                     f"  also {name}: patch {times(configuration['patch_size'])}, "
-                    f"spacing {times(configuration['spacing'])} mm, batch {configuration['batch_size']}"
+                    f"spacing {times(resolved(plan, name)['spacing'])} mm, batch {configuration['batch_size']}"
                 )
         console.print(f"  written to {plan_path(plan['dataset_name'], plan['plans_name'])}", soft_wrap=True)
     if not pair.written:

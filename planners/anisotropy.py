@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+# nnU-Net resamples the slice axis apart above this ratio, and augments in-plane above this patch ratio.
+_NNUNET_ANISOTROPY = 3
 # Spacings in headers carry rounding noise: 2.9999998 / 0.75 must count as a ratio of 4.
 _TOLERANCE = 1e-3
 
@@ -42,3 +44,24 @@ def leading_in_plane_stages(strides: Sequence[Sequence[int]]) -> int:
             break
         count += 1
     return count
+
+
+def anisotropy_facts(
+    spacing: Sequence[float], patch_size: Sequence[int], strides: Sequence[Sequence[int]], *, alike: bool = False
+) -> dict:
+    """What a configuration's `autoseg` key says of anisotropy: DA and nnU-Net's two other decisions (axis 0 = slices).
+
+    Args:
+        strides: of the network's stages, the first at full size.
+        alike: the network treats all axes alike, so DA is the same at all of its stages.
+    """
+    if len(spacing) == 2:
+        return {"DA": None, "DA_per_stage": None, "separate_z": False, "dummy_2d": False}
+    degree = degree_of_anisotropy(spacing)
+    return {
+        "DA": degree,
+        "DA_per_stage": [degree] * len(strides) if alike else degree_per_stage(degree, len(strides)),
+        "in_plane_stages": leading_in_plane_stages(strides),
+        "separate_z": max(spacing) / min(spacing) > _NNUNET_ANISOTROPY,
+        "dummy_2d": max(patch_size) / patch_size[0] > _NNUNET_ANISOTROPY,
+    }

@@ -25,6 +25,24 @@ class Decision:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Patch, batch and network of a configuration that is added to a plan, with the reasons."""
+
+    patch_size: list[int]
+    batch_size: int
+    architecture: dict[str, Any]
+    strides: list[list[int]]
+    """Of the encoder's stages, the first at full size."""
+    alike: bool
+    """Whether the network treats all axes alike, whatever the spacing."""
+    patch_because: str
+    batch_because: str
+    network: str
+    network_because: str
+    network_change: str
+
+
 def explain(
     configuration: Mapping[str, Any],
     plan: Mapping[str, Any],
@@ -48,6 +66,22 @@ def explain(
     rows.append(_batch(configuration, gpu_memory_gb, small))
     rows.append(_network(configuration, small))
     return rows
+
+
+def explain_added(choice: Choice, parent: Mapping[str, Any]) -> list[Decision]:
+    """The rows for a configuration that is added on the data of another, `parent`, which is resolved."""
+    own = parent.get("autoseg", {})
+    rows = [Decision(**row) for row in own.get("decisions", []) if row["name"].startswith(("spacing", "intensity"))]
+    if len(parent["spacing"]) == 3:
+        because = _thickness(parent["spacing"])
+        because += "; the network halves all axes alike" if choice.alike else "; strides and kernels follow from it"
+        rows.insert(1, Decision("anisotropy DA", str(own.get("DA")), because, "follows from --spacing"))
+    return [
+        *rows,
+        Decision("patch, voxels", times(choice.patch_size), choice.patch_because, "--gpu-memory GB"),
+        Decision("batch", str(choice.batch_size), choice.batch_because, "--gpu-memory GB"),
+        Decision("network", choice.network, choice.network_because, choice.network_change),
+    ]
 
 
 def times(numbers: Sequence[float]) -> str:
@@ -80,8 +114,7 @@ def _anisotropy(configuration: Mapping, plan: Mapping) -> Decision:
     degree = facts["DA"]
     strides = configuration["architecture"]["arch_kwargs"]["strides"]
     leading = leading_in_plane_stages(strides)
-    spacing = configuration["spacing"]
-    because = f"slices are {spacing[0] / min(spacing[1:]):.1f} times as thick as the finer plane voxels"
+    because = _thickness(configuration["spacing"])
     if leading < degree:
         because += f"; the network has {leading} in-plane stages, fewer than DA, because the plane runs out of voxels"
     elif leading > degree:
@@ -95,6 +128,10 @@ def _anisotropy(configuration: Mapping, plan: Mapping) -> Decision:
     if cases["min"] != cases["max"]:
         because += f" (raw cases: DA {cases['min']} to {cases['max']})"
     return Decision("anisotropy DA", str(degree), because, "follows from --spacing")
+
+
+def _thickness(spacing: Sequence[float]) -> str:
+    return f"slices are {spacing[0] / min(spacing[1:]):.1f} times as thick as the finer plane voxels"
 
 
 def _intensity(channel: Mapping) -> Decision:

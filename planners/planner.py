@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.experiment_planning.experiment_planners.resencUNet_planner import ResEncUNetPlanner
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from planners.anisotropy import degree_of_anisotropy, degree_per_stage, leading_in_plane_stages
+from planners.anisotropy import anisotropy_facts, degree_of_anisotropy
+from planners.budget import CPU, DEFAULT_GPU_MEMORY_GB, FULL, MIN_EDGE, Budget, feature_map_elements
+from planners.configurations import carried_over
 from planners.dataset import Dataset
 from planners.decisions import explain
 from planners.errors import PlanError
@@ -29,11 +29,6 @@ from planners.files import content_hash, write_json
 from planners.intensity import IntensityScheme, infer_scheme
 from planners.plans import CPU_SUFFIX, FULL_PLAN, load_plan, plan_hash, plan_path, trained_from
 from planners.quiet import nnunet_quiet
-
-# A patch axis is not halved below 2 * 4 voxels (nnU-Net's UNet_featuremap_min_edge_length).
-_MIN_EDGE = 4
-# nnU-Net resamples the slice axis apart above this ratio, and augments in-plane above this patch ratio.
-_NNUNET_ANISOTROPY = 3
 
 
 @dataclass(frozen=True)
@@ -44,28 +39,10 @@ class Overrides:
     """Target spacing in mm, (z, y, x) as the image files are read."""
     patch_size: tuple[int, ...] | None = None
     """Patch of 3d_fullres (three numbers) or 2d (two), axes as in the plan."""
-    gpu_memory_gb: float = 8.0
-    """Memory the full plan may use while training; nnU-Net's reference is 8."""
+    gpu_memory_gb: float = DEFAULT_GPU_MEMORY_GB
+    """Memory the full plan may use while training."""
     intensity: tuple[IntensityScheme, ...] | None = None
     """One scheme a channel."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a network may cost, in the terms nnU-Net's procedure uses."""
-
-    base_features: int
-    max_stages: int
-    blocks_encoder: tuple[int, ...]
-    max_voxels_3d: int | None
-    """Largest patch in voxels; None: nnU-Net's estimate of feature map elements decides."""
-    max_voxels_2d: int | None
-    fixed_batch: int | None
-
-
-FULL = Budget(32, 99, (1, 3, 4, *[6] * 10), None, None, None)
-# On two cores an epoch of 50 + 10 iterations takes 11 s (benchmarks/results/2026-11-20_hippocampus_cpu.md).
-CPU = Budget(8, 4, (1, 1, 2, 2), 48**3, 256**2, 2)
 
 
 @dataclass(frozen=True)
@@ -83,7 +60,8 @@ def plan_dataset(
     """Make and write both plans of `dataset`.
 
     A plan something was trained from is immutable: planning the same again leaves the file as it is, planning differently
-    raises PlanError asking for another `tag` (`--plan-name`).
+    raises PlanError asking for another `tag` (`--plan-name`). Configurations that were added later stay in a plan, see
+    `planners.configurations.carried_over`.
     """
     overrides = overrides or Overrides()
     name = FULL_PLAN if tag is None else f"{FULL_PLAN}_{checked_tag(tag)}"
@@ -91,6 +69,9 @@ def plan_dataset(
         planner = AutosegPlanner(dataset, fingerprint, overrides, name)
         full = planner.plan(FULL, name)
         cpu = planner.plan(CPU, name + CPU_SUFFIX)
+    for plan in (full, cpu):
+        if plan_path(dataset.name, plan["plans_name"]).is_file():
+            plan["configurations"].update(carried_over(load_plan(dataset.name, plan["plans_name"]), plan))
     changed = [plan for plan in (full, cpu) if _differs(dataset, plan)]
     for plan in changed:
         write_json(plan_path(dataset.name, plan["plans_name"]), plan)
@@ -155,15 +136,10 @@ class AutosegPlanner(ResEncUNetPlanner):
         arch_kwargs: dict,
         arch_kwargs_req_import: Sequence[str],
     ) -> int:
-        """Elements of all feature maps, counted on a network without storage.
-
-        Unlike nnU-Net's version it does not set torch's thread count (which crashes when nnUNet_n_proc_DA is 0).
-        """
-        with torch.device("meta"):
-            network = get_network_from_plans(
-                arch_class_name, arch_kwargs, arch_kwargs_req_import, input_channels, output_channels, allow_init=False
-            )
-        return network.compute_conv_feature_map_size(patch_size)
+        """Unlike nnU-Net's version this does not set torch's thread count (which crashes when nnUNet_n_proc_DA is 0)."""
+        return feature_map_elements(
+            patch_size, input_channels, output_channels, arch_class_name, arch_kwargs, arch_kwargs_req_import
+        )
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
         """One stock class name and mask flag a channel, from the schemes."""
@@ -221,6 +197,8 @@ class AutosegPlanner(ResEncUNetPlanner):
         plans["autoseg"] = {
             "schema": 1,
             "budget": "cpu" if self.budget is CPU else "full",
+            "gpu_memory_gb": self.overrides.gpu_memory_gb,
+            "labels": len(self.label_names),
             "intensity": [
                 {"channel": name, **scheme.to_json()}
                 for name, scheme in zip(self.channel_names, self.schemes, strict=True)
@@ -229,7 +207,7 @@ class AutosegPlanner(ResEncUNetPlanner):
         }
         for configuration in plans["configurations"].values():
             if "spacing" in configuration:  # the cascade inherits its parent's `autoseg` key with everything else
-                configuration["autoseg"] = _anisotropy_facts(configuration)
+                configuration["autoseg"] = _anisotropy_of(configuration)
                 rows = explain(
                     configuration,
                     plans,
@@ -281,7 +259,7 @@ class AutosegPlanner(ResEncUNetPlanner):
         """Give `plan` the user's patch and the strides and kernels that nnU-Net's rule derives from it."""
         if min(patch_size) < 1:
             raise PlanError("A patch needs positive sizes", found=patch_size)
-        _, strides, kernels, divisible, factors = get_pool_and_conv_props(spacing, patch_size, _MIN_EDGE, 999999)
+        _, strides, kernels, divisible, factors = get_pool_and_conv_props(spacing, patch_size, MIN_EDGE, 999999)
         if tuple(int(n) for n in divisible) != tuple(patch_size):
             lower = tuple(int(n // f * f) for n, f in zip(patch_size, factors, strict=True))
             raise PlanError(
@@ -314,20 +292,9 @@ def _patch_voxels(patch_size: Sequence[int], *_: Any) -> int:
     return int(np.prod(patch_size))
 
 
-def _anisotropy_facts(configuration: dict) -> dict:
-    """DA and nnU-Net's two other anisotropy decisions, for a configuration of the plan (axis 0 = slices)."""
-    spacing, patch = configuration["spacing"], configuration["patch_size"]
-    if len(spacing) == 2:
-        return {"DA": None, "DA_per_stage": None, "separate_z": False, "dummy_2d": False}
+def _anisotropy_of(configuration: dict) -> dict:
     strides = configuration["architecture"]["arch_kwargs"]["strides"]
-    degree = degree_of_anisotropy(spacing)
-    return {
-        "DA": degree,
-        "DA_per_stage": degree_per_stage(degree, len(strides)),
-        "in_plane_stages": leading_in_plane_stages(strides),
-        "separate_z": max(spacing) / min(spacing) > _NNUNET_ANISOTROPY,
-        "dummy_2d": max(patch) / patch[0] > _NNUNET_ANISOTROPY,
-    }
+    return anisotropy_facts(configuration["spacing"], configuration["patch_size"], strides)
 
 
 def _differs(dataset: Dataset, plan: dict) -> bool:

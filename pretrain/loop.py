@@ -20,12 +20,13 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch import nn
 
+from planners.configurations import ensure_configuration
 from planners.dataset import Dataset, load_dataset
 from planners.device import choose_device
 from planners.errors import PlanError, PretrainedMismatch
 from planners.locks import sole_lock
 from planners.paths import resolve_dataset
-from planners.plans import choose_plan, default_configuration, load_plan, resolved
+from planners.plans import choose_plan, default_configuration, load_plan
 from planners.run_names import check_run_name
 from pretrain import distributed, runs
 from pretrain.catalog import entry, load_method
@@ -91,10 +92,11 @@ def pretrain(
     name = resolve_dataset(dataset)
     method_class, needs = load_method(method), entry(method)
     torch_device = choose_device(device)
-    plan_content = load_plan(name, choose_plan(name, plan, torch_device.type))
+    plan_name = choose_plan(name, plan, torch_device.type)
+    plan_content = load_plan(name, plan_name)
     chosen = {"plan_name": plan, "configuration": configuration}
     configuration = configuration or default_configuration(plan_content)
-    resolved(plan_content, configuration)  # a PlanError now if there is no such configuration
+    plan_content = ensure_configuration(name, plan_name, configuration, write=not show_config)
     home = load_dataset(name)
     target = Target(plan_content, configuration, encoder_info(plan_content, configuration, home.json))
     _check_needs(method, needs.dims, needs.networks, target)

@@ -6,8 +6,8 @@ from planners.errors import SettingsError
 from trainers.settings import KEYS, TrainSettings, learning_rate, resolve
 
 
-def settings(*, budget="full", device="cuda", pretrained=False, **given) -> TrainSettings:
-    return resolve(given, budget=budget, device=device, pretrained=pretrained).settings
+def settings(*, budget="full", device="cuda", pretrained=False, network="", **given) -> TrainSettings:
+    return resolve(given, budget=budget, device=device, pretrained=pretrained, network=network).settings
 
 
 def test_from_scratch_on_a_gpu_it_is_nnunets_schedule():
@@ -68,3 +68,32 @@ def test_the_rate_rises_then_falls_to_zero():
     assert learning_rate(chosen, 0.1) == pytest.approx(1.0)
     assert learning_rate(chosen, 0.55) == pytest.approx(0.5**0.9)
     assert learning_rate(chosen, 1.0) == 0
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("epochs", [1000, 10, 2])
+def test_swin_has_the_published_recipe_at_any_length(pretrained, epochs):
+    chosen = settings(network="SwinUNETR", pretrained=pretrained, epochs=epochs)
+    assert (chosen.optimizer, chosen.lr, chosen.weight_decay) == ("adamw", 3e-4, 1e-5)
+    assert (chosen.warm_up, chosen.schedule) == (0.02, "cosine")
+
+
+def test_primus_is_finetuned_at_a_third_of_the_rate():
+    scratch, tuned = (settings(network="Primus", pretrained=pretrained) for pretrained in (False, True))
+    assert (scratch.lr, tuned.lr) == (3e-4, 1e-4)
+    for chosen in (scratch, tuned):
+        assert (chosen.optimizer, chosen.weight_decay, chosen.warm_up, chosen.schedule) == ("adamw", 5e-2, 0.05, "poly")
+
+
+def test_asking_for_sgd_gives_a_transformer_the_settings_of_sgd():
+    chosen = settings(network="SwinUNETR", optimizer="sgd")
+    assert (chosen.optimizer, chosen.lr, chosen.weight_decay, chosen.schedule) == ("sgd", 1e-2, 3e-5, "poly")
+
+
+def test_the_cosine_falls_from_the_rate_to_zero():
+    chosen = settings(warm_up=0.2, lr=1.0, schedule="cosine")
+    assert learning_rate(chosen, 0.1) == pytest.approx(0.5)
+    assert learning_rate(chosen, 0.2) == pytest.approx(1.0)
+    assert learning_rate(chosen, 0.4) == pytest.approx((1 + 2**-0.5) / 2)
+    assert learning_rate(chosen, 0.6) == pytest.approx(0.5)
+    assert learning_rate(chosen, 1.0) == pytest.approx(0)

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from planners.errors import DatasetError, SettingsError
 from planners.files import copy_file, write_json
 from planners.interruption import stop_signal
+from planners.plans import resolved
 from planners.progress import duration
 from planners.quiet import nnunet_quiet
 from pretrain.encoders import encoder_of
-from pretrain.networks.registry import build_network
+from pretrain.networks.registry import build_network, has_deep_supervision
 from pretrain.transfer import TransferReport, transfer
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.data import SafeDataset, environment, loader_workers, seed_all
@@ -59,7 +60,7 @@ class AutosegTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         plans.setdefault("continue_training", False)  # nnU-Net pops it, but writes it only in its own command
-        self.settings = _settings(plans, device)
+        self.settings = _settings(plans, configuration, device)
         self.iteration = 0
         """Training iterations done of the current epoch."""
         self.elapsed_seconds = 0.0
@@ -69,6 +70,7 @@ class AutosegTrainer(nnUNetTrainer):
         self._journal: Journal | None = None
         self._announced = False
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = has_deep_supervision(self.configuration_manager.configuration["architecture"])
         self.num_epochs = self.settings.epochs
         self.num_iterations_per_epoch = self.settings.iterations
         self.num_val_iterations_per_epoch = self.settings.validation_iterations
@@ -153,6 +155,11 @@ class AutosegTrainer(nnUNetTrainer):
         """The network without the wrappers of torch.compile and distributed training."""
         network = self.network.module if self.is_ddp else self.network
         return getattr(network, "_orig_mod", network)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Nothing to switch in a network with one output."""
+        if self.enable_deep_supervision:
+            super().set_deep_supervision_enabled(enabled)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
         """Optimiser with the encoder as its own group, so that it can rest; rates are set at each iteration."""
@@ -383,10 +390,11 @@ class AutosegTrainer(nnUNetTrainer):
         return self.elapsed_seconds / max(self.progress, 1e-9) * (1 - self.progress)
 
 
-def _settings(plans: dict, device: torch.device) -> TrainSettings:
+def _settings(plans: dict, configuration: str, device: torch.device) -> TrainSettings:
     """The run's settings; a plan without any (nnU-Net's own commands with `-tr AutosegTrainer`) gets the defaults."""
     options = options_of(plans)
     if not options:
         budget = plans.get("autoseg", {}).get("budget", "full")
-        return resolve({}, budget=budget, device=device.type, pretrained=False).settings
+        network = resolved(plans, configuration)["architecture"]["network_class_name"].rpartition(".")[2]
+        return resolve({}, budget=budget, device=device.type, pretrained=False, network=network).settings
     return validated({key: options[key] for key in KEYS if key in options})

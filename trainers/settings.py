@@ -1,7 +1,7 @@
 """Training options: their meaning, their defaults by rule, and where each value came from.
 
-The rule (DESIGN §5, Trainer) depends on how many iterations there are in all, whether the encoder is pretrained, and the
-device; scratch and pretrained runs of one length share the optimiser, so that they can be compared.
+The rule (DESIGN §5, Trainer) depends on the network, how many iterations there are in all, whether the encoder is pretrained,
+and the device; scratch and pretrained runs of one length share the optimiser, so that they can be compared.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import cos, pi
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -32,7 +33,9 @@ class TrainSettings:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """`sgd` with Nesterov momentum 0.99, as nnU-Net, or `adamw`."""
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-2
-    """Highest learning rate; it falls as (1 - progress)^0.9."""
+    """Highest learning rate."""
+    schedule: Literal["poly", "cosine"] = "poly"
+    """How the rate falls to zero: `poly` as (1 - progress)^0.9, as nnU-Net, or `cosine` as half a wave."""
     weight_decay: Annotated[float, Field(ge=0)] = 3e-5
     """Weight decay."""
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -70,7 +73,10 @@ class Resolved:
         return [(f"train.{key}", f"{values[key]}", self.origins[key]) for key in KEYS]
 
 
-def resolve(given: Mapping[str, Any], *, budget: str, device: str, pretrained: bool) -> Resolved:
+_TRANSFORMERS = ("SwinUNETR", "Primus")
+
+
+def resolve(given: Mapping[str, Any], *, budget: str, device: str, pretrained: bool, network: str = "") -> Resolved:
     """Fill what is not given.
 
     Args:
@@ -78,6 +84,7 @@ def resolve(given: Mapping[str, Any], *, budget: str, device: str, pretrained: b
         budget: `cpu` or `full`, whom the plan was made for.
         device: `cpu`, `cuda` or `mps`.
         pretrained: whether the encoder starts from pretrained weights.
+        network: class of the network, the last part of the plan's `network_class_name`.
     """
     values, origins = dataclasses.asdict(TrainSettings()), dict.fromkeys(KEYS, "default")
 
@@ -89,10 +96,16 @@ def resolve(given: Mapping[str, Any], *, budget: str, device: str, pretrained: b
         by_rule(epochs=30, iterations=50)
     # Validated before the rule reads the length, and once more with everything.
     total = validated({**values, **given}).total_iterations
-    if total < SHORT_ITERATIONS:
+    if network in _TRANSFORMERS or total < SHORT_ITERATIONS:
         by_rule(optimizer="adamw")
     optimizer = given.get("optimizer", values["optimizer"])
-    if optimizer == "adamw":
+    if optimizer == "adamw" and network == "SwinUNETR":
+        # Luffy03/Large-Scale-Medical:Downstream/monai/BTCV/main.py: 20 of 1000 epochs, for scratch and pretrained alike
+        by_rule(lr=3e-4, weight_decay=1e-5, warm_up=0.02, schedule="cosine")
+    elif optimizer == "adamw" and network == "Primus":
+        # MIC-DKFZ/nnUNet, the trainers for nnssl's weights: 50 of 1000 epochs
+        by_rule(lr=1e-4 if pretrained else 3e-4, weight_decay=5e-2, warm_up=0.05)
+    elif optimizer == "adamw":
         by_rule(lr=2e-3)
     elif pretrained and total >= LONG_ITERATIONS:
         by_rule(lr=1e-3, warm_up=0.05)
@@ -107,8 +120,10 @@ def validated(values: Mapping[str, Any]) -> TrainSettings:
 
 
 def learning_rate(settings: TrainSettings, progress: float) -> float:
-    """The rate at `progress` in [0, 1): a linear rise over `warm_up`, then nnU-Net's polynomial fall to zero."""
+    """The rate at `progress` in [0, 1): a linear rise over `warm_up`, then the schedule's fall to zero."""
     if progress < settings.warm_up:
         return settings.lr * progress / settings.warm_up
-    rest = (progress - settings.warm_up) / (1 - settings.warm_up)
-    return settings.lr * (1 - min(rest, 1.0)) ** 0.9
+    rest = min((progress - settings.warm_up) / (1 - settings.warm_up), 1.0)
+    if settings.schedule == "cosine":
+        return settings.lr * (1 + cos(pi * rest)) / 2
+    return settings.lr * (1 - rest) ** 0.9
