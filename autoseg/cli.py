@@ -151,7 +151,7 @@ def pretrain(
     preset: Annotated[str | None, typer.Option("--preset", help="cpu or default; default: by device.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps instead of the preset's.")] = None,
     stages: Annotated[str | None, typer.Option("--stages", help="Stages to run, e.g. 1,2; default: all.")] = None,
-    init: Annotated[Path | None, typer.Option("--init", help="Start from this encoder.")] = None,
+    init: Annotated[Path | None, typer.Option("--init", help="Start from these weights.")] = None,
     images: Annotated[Path | None, typer.Option("--images", help="A folder of more scans.")] = None,
     exclude_fold: Annotated[
         int | None, typer.Option("--exclude-fold", help="Leave out this fold's validation cases.")

@@ -55,7 +55,7 @@ def explain(
     """The rows for one configuration that has its own patch and network.
 
     Args:
-        asked: what the user decided: keys `spacing`, `patch_size`, None where the rule decided.
+        asked: what was decided otherwise than by rule: `spacing`, why; `patch_size`, which; None where the rule decided.
         small: the plan a CPU can train.
     """
     rows = [_spacing(configuration, plan, fingerprint, asked)]
@@ -93,7 +93,7 @@ def _spacing(configuration: Mapping, plan: Mapping, fingerprint: Mapping, asked:
     spacing = configuration["spacing"]
     spacings = np.asarray(fingerprint["spacings"])[:, plan["transpose_forward"]]
     if asked["spacing"] is not None:
-        because = "asked for with --spacing"
+        because = asked["spacing"]
     elif len(spacing) == 2:
         because = "median of the cases in the plane; slices are taken as they are"
     elif np.allclose(spacing, np.median(spacings, axis=0), atol=1e-4):

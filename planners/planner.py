@@ -43,6 +43,8 @@ class Overrides:
     """Memory the full plan may use while training."""
     intensity: tuple[IntensityScheme, ...] | None = None
     """One scheme a channel."""
+    origin: str | None = None
+    """Why this spacing, where it was not asked for on the command line."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,25 @@ def plan_dataset(
     raises PlanError asking for another `tag` (`--plan-name`). Configurations that were added later stay in a plan, see
     `planners.configurations.carried_over`.
     """
-    overrides = overrides or Overrides()
-    name = FULL_PLAN if tag is None else f"{FULL_PLAN}_{checked_tag(tag)}"
-    with nnunet_quiet():
-        planner = AutosegPlanner(dataset, fingerprint, overrides, name)
-        full = planner.plan(FULL, name)
-        cpu = planner.plan(CPU, name + CPU_SUFFIX)
-    for plan in (full, cpu):
-        if plan_path(dataset.name, plan["plans_name"]).is_file():
-            plan["configurations"].update(carried_over(load_plan(dataset.name, plan["plans_name"]), plan))
-    changed = [plan for plan in (full, cpu) if _differs(dataset, plan)]
+    full, cpu = draft_plans(dataset, fingerprint, overrides or Overrides(), tag=tag)
+    changed = [plan for plan in (full, cpu) if differs_from_file(plan)]
     for plan in changed:
         write_json(plan_path(dataset.name, plan["plans_name"]), plan)
     return PlannedPair(full, cpu, [plan["plans_name"] for plan in changed])
+
+
+def draft_plans(
+    dataset: Dataset, fingerprint: Mapping, overrides: Overrides, *, tag: str | None = None
+) -> tuple[dict, dict]:
+    """The full and the cpu plan that `plan_dataset` would write. Nothing is written."""
+    name = FULL_PLAN if tag is None else f"{FULL_PLAN}_{checked_tag(tag)}"
+    with nnunet_quiet():
+        planner = AutosegPlanner(dataset, fingerprint, overrides, name)
+        plans = planner.plan(FULL, name), planner.plan(CPU, name + CPU_SUFFIX)
+    for plan in plans:
+        if plan_path(dataset.name, plan["plans_name"]).is_file():
+            plan["configurations"].update(carried_over(load_plan(dataset.name, plan["plans_name"]), plan))
+    return plans
 
 
 def checked_tag(tag: str) -> str:
@@ -212,7 +220,10 @@ class AutosegPlanner(ResEncUNetPlanner):
                     configuration,
                     plans,
                     self.dataset_fingerprint,
-                    asked={"spacing": self.overrides.spacing, "patch_size": self.overrides.patch_size},
+                    asked={
+                        "spacing": self.overrides.spacing and (self.overrides.origin or "asked for with --spacing"),
+                        "patch_size": self.overrides.patch_size,
+                    },
                     gpu_memory_gb=self.overrides.gpu_memory_gb,
                     small=self.budget is CPU,
                 )
@@ -297,11 +308,12 @@ def _anisotropy_of(configuration: dict) -> dict:
     return anisotropy_facts(configuration["spacing"], configuration["patch_size"], strides)
 
 
-def _differs(dataset: Dataset, plan: dict) -> bool:
-    """Whether `plan` is not the one that stands; PlanError when it is not and something was trained from that one."""
-    if not plan_path(dataset.name, plan["plans_name"]).is_file():
+def differs_from_file(plan: dict) -> bool:
+    """Whether `plan` is not what its file holds; PlanError when it is not and something was trained from the file's."""
+    dataset_name = plan["dataset_name"]
+    if not plan_path(dataset_name, plan["plans_name"]).is_file():
         return True
-    old = load_plan(dataset.name, plan["plans_name"])
+    old = load_plan(dataset_name, plan["plans_name"])
     if old == plan:
         return False
     changed = [
@@ -309,7 +321,7 @@ def _differs(dataset: Dataset, plan: dict) -> bool:
         for name in old["configurations"]
         if name not in plan["configurations"] or plan_hash(old, name) != plan_hash(plan, name)
     ]
-    used = [folder for name in changed for folder in trained_from(dataset.name, plan["plans_name"], name)]
+    used = [folder for name in changed for folder in trained_from(dataset_name, plan["plans_name"], name)]
     if used:
         raise PlanError(
             f"Plan {plan['plans_name']} would change, and something was trained from it",

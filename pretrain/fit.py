@@ -7,7 +7,6 @@ configuration with the network of the weights, on the same data.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from planners.dataset import Dataset
 from planners.decisions import Decision
 from planners.errors import PlanError, PretrainedMismatch
 from planners.fingerprint import fingerprint
-from planners.planner import Overrides, draft_plans
-from planners.plans import CPU_SUFFIX, FULL_PLAN, available_plans, load_plan, plan_hash, resolved
+from planners.planner import Overrides, differs_from_file, draft_plans
+from planners.plans import CPU_SUFFIX, FULL_PLAN, load_plan, resolved
 from pretrain.encoders import build_segmentation_network, encoder_of
 from pretrain.fit_data import fit_data
 from pretrain.importers.weights import Weights
@@ -85,7 +84,7 @@ def fit(
         report = try_transfer(plan, configuration, dataset.json, weights, minimum_share)
         decisions += (Decision("network", configuration, "asked for with -c", "leave -c out"),)
     wanted = [plan if draft["plans_name"] == plan["plans_name"] else draft for draft in drafts] or [plan]
-    return Fit(plan, configuration, report, decisions, tuple(p for p in wanted if not _stands(p)))
+    return Fit(plan, configuration, report, decisions, tuple(p for p in wanted if differs_from_file(p)))
 
 
 def _base_configuration(plan: Mapping[str, Any], weights: Weights) -> str:
@@ -186,14 +185,3 @@ def _tag(weights: Weights) -> str:
 
 def _is_small(plan: Mapping[str, Any]) -> bool:
     return plan["plans_name"].endswith(CPU_SUFFIX)
-
-
-def _stands(plan: dict) -> bool:
-    """Whether the plan on disk holds all of this one."""
-    if plan["plans_name"] not in available_plans(plan["dataset_name"]):
-        return False
-    there = load_plan(plan["dataset_name"], plan["plans_name"])
-    return all(
-        name in there["configurations"] and plan_hash(there, name) == plan_hash(copy.deepcopy(plan), name)
-        for name in plan["configurations"]
-    )

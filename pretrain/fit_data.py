@@ -139,7 +139,7 @@ def _scheme_of_channel(
     if inside is None:
         return None, f"the plan's; how much lies in the weights' window ({_text(learned)}) was not measured"
     kept, taken = window_losses(own_range, learned.window, inside)
-    both = f"{kept:.0%} of the ranges do not overlap if it is kept, {taken:.0%} of the foreground lies outside the weights' window"
+    both = f"{kept:.0%} of the ranges do not overlap if it is kept, {taken:.0%} of the foreground lies outside theirs"
     if kept <= _CLOSE_ENOUGH or taken >= kept:
         return None, f"the plan's, not the weights' {_text(learned)}: {both}"
     because = f"the weights', not the plan's {_text(planned)}: {both}"

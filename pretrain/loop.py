@@ -24,14 +24,18 @@ from planners.configurations import ensure_configuration
 from planners.dataset import Dataset, load_dataset
 from planners.device import choose_device
 from planners.errors import PlanError, PretrainedMismatch
+from planners.files import write_json
 from planners.locks import sole_lock
 from planners.paths import resolve_dataset
-from planners.plans import choose_plan, default_configuration, load_plan
+from planners.plans import choose_plan, default_configuration, load_plan, plan_path
 from planners.run_names import check_run_name
 from pretrain import distributed, runs
 from pretrain.catalog import entry, load_method
 from pretrain.checkpoint import encoder_folder, find_encoders, load_encoder, refuse_unfinished, save_encoder
 from pretrain.encoders import build_segmentation_network, encoder_info, encoder_of
+from pretrain.fit import IMPORTED_SHARE, fit, transfer_weights
+from pretrain.importers.reading import read_weights
+from pretrain.importers.weights import Weights
 from pretrain.method import PretrainMethod, Target
 from pretrain.optimise import phases
 from pretrain.settings import configure
@@ -75,7 +79,8 @@ def pretrain(
         preset: `cpu` or `default` settings of the method; None: by device and plan.
         steps: optimiser steps, instead of the preset's.
         run: a name, to keep several runs of a method.
-        init: an encoder to start from: a path, or the name of one of this dataset's.
+        init: weights to start from: a path (`pretrain.importers`), or the name of an encoder of this dataset. Without
+            `configuration` they decide it.
         images: a folder of more scans.
         more_datasets: whose scans are used too, preprocessed by this dataset's plan.
         exclude_fold: whose validation cases are left out.
@@ -95,9 +100,12 @@ def pretrain(
     plan_name = choose_plan(name, plan, torch_device.type)
     plan_content = load_plan(name, plan_name)
     chosen = {"plan_name": plan, "configuration": configuration}
-    configuration = configuration or default_configuration(plan_content)
-    plan_content = ensure_configuration(name, plan_name, configuration, write=not show_config)
     home = load_dataset(name)
+    if configuration is None and init is not None:
+        plan_content, configuration = _plan_for(home, str(init), plan_name, write=not show_config)
+    else:
+        configuration = configuration or default_configuration(plan_content)
+        plan_content = ensure_configuration(name, plan_name, configuration, write=not show_config)
     target = Target(plan_content, configuration, encoder_info(plan_content, configuration, home.json))
     _check_needs(method, needs.dims, needs.networks, target)
 
@@ -229,17 +237,33 @@ def _trial_export(run: Run) -> None:
 
 
 def _initialise(network: nn.Module, home: Dataset, options: runs.Options, allow_partial: bool) -> str:
-    """Fill the network from an encoder; returns the licence of its weights."""
-    source = Path(str(options.init))
+    """Fill the network from weights; returns their licence."""
+    weights = _init_weights(home.name, str(options.init), options.plan_name, options.configuration)
+    if weights.card is not None and not allow_partial:
+        refuse_unfinished(weights.card, Path(str(options.init)))
+    report = transfer_weights(weights, network, 1.0 if weights.card is not None else IMPORTED_SHARE)
+    logger.info("Starting from %s (%s): %s", weights.name, weights.kind, report.summary())
+    return weights.licence or "that of the weights it started from, which is not known"
+
+
+def _plan_for(home: Dataset, init: str, plan_name: str, *, write: bool) -> tuple[dict, str]:
+    """The plan and the configuration whose network the weights of `--init` fill, on the plan's own data."""
+    weights = _init_weights(home.name, init, plan_name, None)
+    share = 1.0 if weights.card is not None else IMPORTED_SHARE
+    fitted = fit(home, weights, plan_name=plan_name, keep_data=True, minimum_share=share)
+    for plan in fitted.unwritten if write else ():
+        write_json(plan_path(home.name, plan["plans_name"]), plan)
+        logger.info("Added the configuration %s to %s", fitted.configuration, plan["plans_name"])
+    return fitted.plan, fitted.configuration
+
+
+def _init_weights(dataset_name: str, init: str, plan_name: str | None, configuration: str | None) -> Weights:
+    """What `--init` means: a path, or the name of one of the dataset's encoders."""
+    source = Path(init)
     if not source.exists():
-        hits = find_encoders(home.name, str(options.init), options.plan_name, options.configuration)
+        hits = find_encoders(dataset_name, init, plan_name, configuration)
         source = hits[0] if hits else source
-    tensors, card = load_encoder(source)
-    if not allow_partial:
-        refuse_unfinished(card, source)
-    report = transfer(tensors, network if card.scope == "encoder+decoder" else encoder_of(network))
-    logger.info("Starting from %s: %s", source, report.summary())
-    return card.licence
+    return read_weights(source)
 
 
 def _own_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from planners.fingerprint import fingerprint
 from planners.intensity import parse_scheme
 from planners.planner import Overrides, plan_dataset
 from planners.plans import available_plans, load_plan
-from pretrain.encoders import build_segmentation_network, encoder_of
+from pretrain.encoders import encoder_of
 from pretrain.fit import fit
 from pretrain.importers.weights import Weights
 from pretrain.networks.registry import build_network
@@ -171,7 +171,9 @@ def test_a_dry_run_reports_every_tensor_and_writes_nothing(planned, tmp_path):
     ((job, report),) = seen
     assert job.configuration == "3d_fullres_swin_12"
     named = {name for name, *_ in report.rows()}
-    assert {n for n, t in network.state_dict().items() if t.is_floating_point() and not n.startswith(("dec", "out"))} <= named
+    assert {
+        n for n, t in network.state_dict().items() if t.is_floating_point() and not n.startswith(("dec", "out"))
+    } <= named
     assert set(tree(planned)) - set(before) <= {f"preprocessed/{DATASET}/splits_final.json"}
     assert content_hash(load_plan(DATASET, PLAN)) == plans_before
 
@@ -198,4 +200,3 @@ def test_a_run_from_a_file_continues_only_with_the_same_file(planned, tmp_path):
     torch.save({"network_weights": build_network(own_architecture(), 1, 5, deep_supervision=False).state_dict()}, file)
     with pytest.raises(Exception, match="begun with other options"):
         prepare(901, pretrained=file, run="from-file", device="cpu")
-

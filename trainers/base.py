@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import empty_cache
-from torch import Tensor, nn
+from torch import nn
 
 from planners.errors import DatasetError, SettingsError
 from planners.files import copy_file, write_json
@@ -27,8 +27,10 @@ from planners.plans import resolved
 from planners.progress import duration
 from planners.quiet import nnunet_quiet
 from pretrain.encoders import encoder_of
+from pretrain.fit import transfer_weights
+from pretrain.importers.weights import Weights
 from pretrain.networks.registry import build_network, has_deep_supervision
-from pretrain.transfer import TransferReport, transfer
+from pretrain.transfer import TransferReport
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.data import SafeDataset, environment, loader_workers, seed_all
 from trainers.journal import Journal
@@ -44,8 +46,10 @@ _TIMED_ITERATIONS = 5
 class AutosegTrainer(nnUNetTrainer):
     """Trains one configuration of a plan on one fold; see `trainers.train.train` for the whole job."""
 
-    pretrained: tuple[Mapping[str, Tensor], str] | None = None
-    """Tensors and scope of an encoder to start from; set before `initialize`."""
+    pretrained: Weights | None = None
+    """What to start from; set before `initialize`."""
+    minimum_share: float = 1.0
+    """Share of the encoder that it must fill."""
     transfer_report: TransferReport | None = None
     current_epoch: int
     dataset_class: Any
@@ -146,9 +150,7 @@ class AutosegTrainer(nnUNetTrainer):
         self.dataset_class = SafeDataset
         if self.pretrained is not None:
             # In place: compiled and distributed wrappers, and the optimiser, hold the same parameters.
-            tensors, scope = self.pretrained
-            network = self.bare_network
-            self.transfer_report = transfer(tensors, network if scope == "encoder+decoder" else encoder_of(network))
+            self.transfer_report = transfer_weights(self.pretrained, self.bare_network, self.minimum_share)
 
     @property
     def bare_network(self) -> nn.Module:
