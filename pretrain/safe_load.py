@@ -47,8 +47,9 @@ def load_torch(
     Raises UnsafeFile for a file that asks for code, DatasetError for one that cannot be read.
     """
     try:
-        with torch.serialization.safe_globals(_NUMPY_GLOBALS):
-            return torch.load(path, map_location=device, weights_only=True)
+        # a stream, not the path: torch.load chooses another reader for some names
+        with torch.serialization.safe_globals(_NUMPY_GLOBALS), Path(path).open("rb") as file:
+            return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" not in str(error) and "global" not in str(error).lower():
             raise _broken(path, what, error, remedy) from error

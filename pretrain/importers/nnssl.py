@@ -118,10 +118,12 @@ def _described(contents: Contents, plan: Mapping[str, Any]) -> Weights:
         )
     used = _configuration(plan, contents)
     network = str(plan["architecture_plans"]["arch_class_name"])
+    trainer = contents.extra.get("trainer_name") or plan.get("trainer_name")
     warnings: list[str] = []
     if network in primus.SIZES:
         architecture = _primus_architecture(network, tensors, used)
-        tensors = _in_order_of_primus(tensors, architecture, warnings)
+        if _method(trainer) != "simmim":  # its module counts tokens as Primus does
+            tensors = _in_order_of_primus(tensors, architecture, warnings)
     else:
         architecture = _unet_architecture(network, plan["architecture_plans"].get("arch_kwargs"))
     check_architecture(architecture)
@@ -129,7 +131,6 @@ def _described(contents: Contents, plan: Mapping[str, Any]) -> Weights:
         warnings.append("Pretrained without skip connections: the finer stages learned only through the deepest one")
     patch = plan.get("recommended_downstream_patchsize") or used.get("patch_size")
     spacing = used.get("spacing")
-    trainer = contents.extra.get("trainer_name") or plan.get("trainer_name")
     dataset = str(plan["pretrain_plan"].get("dataset_name", "")) or None
     first = input_kernel(tensors)
     return Weights(

@@ -10,14 +10,20 @@ import torch
 
 from planners.errors import AutosegError, DatasetError, PretrainedMismatch
 from pretrain.encoders import encoder_of
-from pretrain.importers import voco
+from pretrain.importers import nnssl, nnunet, swin_unetr, voco
 from pretrain.importers.autoseg_encoder import own_folder, read_own
 from pretrain.importers.contents import Contents, read_contents
 from pretrain.importers.folders import weights_file
 from pretrain.importers.weights import Weights
 from pretrain.networks.registry import build_network
 
-RECOGNISERS: tuple[tuple[str, Callable[[Contents], Weights | None]], ...] = (("VoCo and VoComni", voco.recognise),)
+RECOGNISERS: tuple[tuple[str, Callable[[Contents], Weights | None]], ...] = (
+    ("nnssl, OpenMind", nnssl.recognise),
+    ("nnU-Net v2", nnunet.recognise),
+    ("VoCo, VoComni", voco.recognise),
+    ("SwinUNETR of MONAI, SuPreM", swin_unetr.recognise),
+    ("an encoder of a plain or residual U-Net", nnssl.recognise_bare),
+)
 """Tried in order; the first that knows the content takes it. A new family of files is one more module and one line."""
 
 

@@ -1,0 +1,197 @@
+"""Files with the layout of each published checkpoint: exact names and shapes, random values, small where the layout allows.
+
+Sources of the names: Luffy03/Large-Scale-Medical (voco_head.py), MONAI (`SwinUNETR.load_from`), MrGiovanni/SuPreM,
+MIC-DKFZ/nnssl (AbstractTrainer.save_checkpoint, adaptation_plan.py), MIC-DKFZ/nnUNet (nnUNetTrainer.save_checkpoint).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from monai.networks.nets import SwinUNETR
+from torch import Tensor, nn
+
+from pretrain.networks.registry import build_network
+from tests.tiny import dataset_json, tiny_plan
+
+State = dict[str, Tensor]
+
+
+def swin(
+    feature_size: int = 12, *, use_v2: bool = True, channels: int = 1, outputs: int = 21, seed: int = 0
+) -> SwinUNETR:
+    """MONAI's own class, as the authors instantiate it."""
+    torch.manual_seed(seed)
+    return SwinUNETR(in_channels=channels, out_channels=outputs, feature_size=feature_size, use_v2=use_v2).eval()
+
+
+def voco_encoder(network: SwinUNETR) -> State:
+    """VoCo_10k.pt, VoCo_{B,L,H}_SSL_head.pt: bare."""
+    return {name: t for name, t in network.state_dict().items() if not name.startswith(("decoder", "out."))}
+
+
+def projector(width: int, hidden: int, seed: int = 9) -> State:
+    """Six tensors of a VoCo projection head; its norms have none."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"layer1.0": (hidden, width), "layer2.0": (hidden, hidden), "layer3.0": (hidden, hidden)}
+    state = {f"{name}.weight": torch.randn(size, generator=generator) for name, size in sizes.items()}
+    return state | {f"{name}.bias": torch.randn(size[0], generator=generator) for name, size in sizes.items()}
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def voco_v2_dump(network: SwinUNETR) -> dict[str, Any]:
+    """The authors' training file, under DistributedDataParallel: one encoder, two projectors."""
+    state = prefixed("backbone.", voco_encoder(network))
+    state |= prefixed("student.", projector(288, 16, 1)) | prefixed("teacher.", projector(288, 16, 2))
+    return {"global_step": 7, "state_dict": prefixed("module.", state)}
+
+
+def voco_v1_dump(student: SwinUNETR, teacher: SwinUNETR) -> dict[str, Any]:
+    """The first version's: two whole networks with their projectors."""
+    head = prefixed("proj_head.", projector(288, 16))
+    state = prefixed("student.", voco_encoder(student) | head) | prefixed("teacher.", voco_encoder(teacher) | head)
+    return {"global_step": 7, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
+
+
+def monai_ssl(network: SwinUNETR) -> dict[str, Any]:
+    """model_swinvit.pt: the transformer alone, with the heads of its pretraining and the old names of the MLP."""
+    state = {
+        "module." + name.removeprefix("swinViT.").replace(".mlp.linear", ".mlp.fc"): tensor
+        for name, tensor in network.state_dict().items()
+        if name.startswith("swinViT.")
+    }
+    state |= {"module.rotation_head.weight": torch.randn(4, 8), "module.contrastive_head.weight": torch.randn(16, 8)}
+    return {"epoch": 3, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
+
+
+def suprem(network: SwinUNETR) -> dict[str, Any]:
+    """supervised_suprem_swinunetr_2100.pth: a whole network with organ embeddings."""
+    state = prefixed("module.backbone.", network.state_dict())
+    state |= {"module.organ_embedding": torch.randn(32, 8), "module.precls_conv.0.weight": torch.randn(8)}
+    return {"net": state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 2}
+
+
+def vocomni_unet(seed: int = 0, *, last_stride: int = 1) -> PlainConvUNet:
+    """The network of VoComni_nnunet.pt. `last_stride`: of the slices in the last stage; 1 in the published plan."""
+    torch.manual_seed(seed)
+    return PlainConvUNet(
+        1, 6, [32, 64, 128, 256, 320, 320], nn.Conv3d, [[3, 3, 3]] * 6,
+        [[1, 1, 1], *[[2, 2, 2]] * 4, [last_stride, 2, 2]], [2] * 6, 21, [2] * 5, conv_bias=True,
+        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True}, deep_supervision=True,
+    ).eval()  # fmt: skip
+
+
+SMALL_RESENC: dict[str, Any] = {
+    "n_stages": 4,
+    "features_per_stage": [4, 6, 8, 10],
+    "conv_op": "torch.nn.modules.conv.Conv3d",
+    "kernel_sizes": [[3, 3, 3]] * 4,
+    "strides": [[1, 1, 1], *[[2, 2, 2]] * 3],
+    "n_blocks_per_stage": [1, 2, 2, 1],
+    "n_conv_per_stage_decoder": [1] * 3,
+    "conv_bias": True,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.modules.activation.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
+
+
+def resenc(arguments: dict[str, Any] = SMALL_RESENC, channels: int = 1, seed: int = 0) -> ResidualEncoderUNet:
+    torch.manual_seed(seed)
+    layers = {"conv_op": nn.Conv3d, "norm_op": nn.InstanceNorm3d, "nonlin": nn.LeakyReLU}
+    network = ResidualEncoderUNet(channels, num_classes=1, deep_supervision=False, **{**arguments, **layers})
+    return network.eval()
+
+
+def adaptation_plan(network: str, arguments: dict | None, *, keys: tuple[str, str], patch: int = 32) -> dict[str, Any]:
+    """nnssl's description of a checkpoint, as `AdaptationPlan.serialize` writes it."""
+    configuration = {
+        "data_identifier": "nnsslPlans_onemmiso", "preprocessor_name": "DefaultPreprocessor", "spacing_style": "onemmiso",
+        "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False], "spacing": [1, 1, 1],
+        "resampling_fn_data": "resample_data_or_seg_to_shape", "resampling_fn_data_kwargs": {"is_seg": False},
+        "resampling_fn_mask": "resample_data_or_seg_to_shape", "resampling_fn_mask_kwargs": {"is_seg": False},
+        "patch_size": [patch] * 3,
+    }  # fmt: skip
+    return {
+        "architecture_plans": {
+            "arch_class_name": network,
+            "arch_kwargs": copy.deepcopy(arguments),
+            "arch_kwargs_requiring_import": ["conv_op", "norm_op", "nonlin"] if arguments else None,
+        },
+        "pretrain_plan": {
+            "dataset_name": "Dataset745_OpenMind", "plans_name": "nnsslPlans",
+            "original_median_spacing_after_transp": [1, 1, 1], "image_reader_writer": "SimpleITKIO",
+            "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+            "configurations": {"onemmiso": configuration}, "experiment_planner_used": "FixedResEncUNetPlanner",
+        },
+        "pretrain_num_input_channels": 1,
+        "recommended_downstream_patchsize": [160, 160, 160],
+        "key_to_encoder": keys[0],
+        "key_to_stem": keys[1],
+        "keys_to_in_proj": [f"{keys[1]}.convs.0.conv", f"{keys[1]}.convs.0.all_modules.0"],
+        "key_to_lpe": None,
+    }  # fmt: skip
+
+
+SECRET = "/cluster/home/somebody/subject_0042"
+
+
+def nnssl(state: State, plan: dict[str, Any] | None, trainer: str) -> dict[str, Any]:
+    """A checkpoint of nnssl, with the paths and subjects that it stores."""
+    content = {
+        "network_weights": state,
+        "trainer_name": trainer,
+        "init_args": {"configuration_name": "onemmiso", "fold": "all", "pretrain_json": {"subject": SECRET}},
+        "citations": [
+            {"type": "Architecture", "name": "ResEncL", "apa_citations": ["Isensee et al. (2024). Revisited."]}
+        ],
+    }
+    return content if plan is None else {**content, "nnssl_adaptation_plan": plan}
+
+
+def nnunet(seed: int = 0, *, channels: int = 1) -> tuple[dict[str, Any], nn.Module]:
+    """A stock checkpoint of nnU-Net, numpy numbers included, and its network."""
+    torch.manual_seed(seed)
+    plan, labels = tiny_plan(channels=channels), dataset_json(channels)
+    architecture = plan["configurations"]["3d_fullres"]["architecture"]
+    network = build_network(architecture, channels, 3, deep_supervision=True).eval()
+    content = {
+        "network_weights": network.state_dict(),
+        "optimizer_state": {},
+        "logging": {"mean_fg_dice": [np.float64(0.5), np.float32(0.25)], "epochs": np.int64(3)},
+        "_best_ema": np.float64(0.5),
+        "current_epoch": 3,
+        "init_args": {"plans": plan, "configuration": "3d_fullres", "fold": 0, "dataset_json": labels},
+        "trainer_name": "nnUNetTrainer",
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+    }
+    return content, network
+
+
+def old_style(plan: dict[str, Any]) -> dict[str, Any]:
+    """`plan` as nnU-Net wrote it before it had an `architecture` entry; TotalSegmentator's first models are so."""
+    plan = copy.deepcopy(plan)
+    configuration = plan["configurations"]["3d_fullres"]
+    arguments = configuration.pop("architecture")["arch_kwargs"]
+    configuration |= {
+        "UNet_class_name": "PlainConvUNet",
+        "UNet_base_num_features": arguments["features_per_stage"][0],
+        "unet_max_num_features": 320,
+        "n_conv_per_stage_encoder": arguments["n_blocks_per_stage"],
+        "n_conv_per_stage_decoder": arguments["n_conv_per_stage_decoder"],
+        "num_pool_per_axis": [1, 2, 2],
+        "pool_op_kernel_sizes": arguments["strides"],
+        "conv_kernel_sizes": arguments["kernel_sizes"],
+    }
+    return plan
