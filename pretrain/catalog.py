@@ -29,7 +29,13 @@ class Entry:
 _UNETS = ("ResidualEncoderUNet", "PlainConvUNet", "ResidualUNet")
 
 METHODS: dict[str, Entry] = {
-    "voco": Entry("pretrain.methods.voco:VoCo", "where a crop lies in the volume", (2, 3), _UNETS, "arXiv:2402.17300"),
+    "voco": Entry(
+        "pretrain.methods.voco:VoCo",
+        "where a crop lies in the volume",
+        (2, 3),
+        (*_UNETS, "SwinUNETR"),
+        "arXiv:2402.17300",
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -44,6 +45,7 @@ logger = logging.getLogger("autoseg")
 
 _EPSILON = 1e-6
 _WANTED_FOREGROUND = 0.3
+_FEW_VOXELS = 2  # of the deepest map, on each axis
 _HOPELESS_FOREGROUND = 0.05  # below: air, whose place nobody could tell
 _SOON = 50  # steps, before which nothing can be said
 _NO_SKILL = 0.05  # above always answering the centre
@@ -142,6 +144,13 @@ class VoCo(PretrainMethod):
             times(layout.crop),
             config.volumes,
         )
+        deepest = [c // s for c, s in zip(layout.crop, target.encoder.total_stride, strict=True)]
+        if math.prod(deepest) < _FEW_VOXELS**dims:
+            logger.warning(
+                "Such a crop is only %s voxels in the network's deepest map, which is little to tell where it lies; larger "
+                "scans or patches, or a network with fewer halvings (3d_fullres), have more",
+                times(deepest),
+            )
         if layout.whole:
             logger.info("VoCo resizes each volume's whole foreground, enlarged at most %.2f-fold", layout.upsampling)
         if min(config.volumes, len(pool)) == 1:
