@@ -8,7 +8,7 @@ import torch
 
 from planners import paths
 from planners.dataset import load_dataset
-from planners.errors import PretrainedMismatch
+from planners.errors import PretrainedMismatch, SettingsError
 from planners.files import content_hash
 from planners.fingerprint import fingerprint
 from planners.intensity import parse_scheme
@@ -195,8 +195,12 @@ def test_weights_of_others_are_trained_from_and_named_in_the_run(planned, tmp_pa
 
 def test_a_run_from_a_file_continues_only_with_the_same_file(planned, tmp_path):
     file = tmp_path / "one.pth"
-    torch.save({"network_weights": build_network(own_architecture(), 1, 5, deep_supervision=False).state_dict()}, file)
-    train(901, pretrained=file, run="from-file", device="cpu", settings={"epochs": 1, "iterations": 1})
-    torch.save({"network_weights": build_network(own_architecture(), 1, 5, deep_supervision=False).state_dict()}, file)
-    with pytest.raises(Exception, match="begun with other options"):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = build_network(own_architecture(), 1, 5, deep_supervision=False).state_dict()
+        torch.save({"network_weights": state}, file)
+        if seed == 1:
+            train(901, pretrained=file, run="from-file", device="cpu", settings={"epochs": 1, "iterations": 1})
+            assert prepare(901, pretrained=file, run="from-file", device="cpu").resolved.settings.epochs == 1
+    with pytest.raises(SettingsError, match=r"begun with other options[\s\S]*--pretrained one"):
         prepare(901, pretrained=file, run="from-file", device="cpu")

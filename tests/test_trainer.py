@@ -250,8 +250,6 @@ def test_contradictions_about_the_encoder_are_refused(tiny):
         prepare(901, plan="otherPlans", pretrained="voco", device="cpu")
     with pytest.raises(SettingsError, match=r"no encoder cpc[\s\S]*voco \(tinyPlans__3d_fullres\)"):
         prepare(901, pretrained="cpc", device="cpu")
-    with pytest.raises(SettingsError, match="Hugging Face"):
-        prepare(901, pretrained="hf:someone/something", device="cpu")
     with pytest.raises(SettingsError, match="new weights"):
         prepare(901, pretrained="voco", run="scratch", device="cpu")
 
