@@ -272,8 +272,8 @@ def weights_inspect(
     )
     console.print_weights(weights)
     if fitted is not None:
-        console.print_fit(fitted)
-        print(f"Next: autoseg train -d {dataset} --pretrained {source}")
+        console.print_fit(fitted, every_tensor=False)
+        print(f"Next: autoseg train -d {dataset} --pretrained {source}   (--dry-run lists every tensor)")
 
 
 @app.command("predict")

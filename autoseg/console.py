@@ -108,26 +108,28 @@ def print_weights(weights: Weights) -> None:
         console.print(f"[yellow]note[/] {escape(warning)}")
 
 
-def print_fit(fitted: Fit) -> None:
-    """How weights and plan were brought together, and what becomes of every tensor."""
+def print_fit(fitted: Fit, *, every_tensor: bool = True) -> None:
+    """How weights and plan were brought together, and what becomes of the tensors."""
     console = wide_console()
     table = Table("decision", "value", "because", "to change", title_justify="left",
                   title=f"Into {fitted.plan_name}, {fitted.configuration}")  # fmt: skip
     for row in fitted.decisions:
         table.add_row(row.name, escape(row.value), escape(row.because), escape(row.change))
     console.print(table)
-    print_transfer(fitted.report)
+    print_transfer(fitted.report, every_tensor=every_tensor)
     if fitted.unwritten:
         console.print(f"  training would write {', '.join(plan['plans_name'] for plan in fitted.unwritten)}")
 
 
-def print_transfer(report: TransferReport) -> None:
-    """Every tensor and what becomes of it, those not simply loaded first; then the sum."""
+def print_transfer(report: TransferReport, *, every_tensor: bool = True) -> None:
+    """What becomes of the tensors, those not simply loaded first; then the sum."""
     console = wide_console()
-    table = Table("tensor", "", "why")
-    for name, status, why in report.rows():
-        table.add_row(name, status, escape(why))
-    console.print(table)
+    rows = [row for row in report.rows() if every_tensor or row[1] != "loaded"]
+    if rows:
+        table = Table("tensor", "", "why")
+        for name, status, why in rows:
+            table.add_row(name, status, escape(why))
+        console.print(table)
     console.print(report.summary())
 
 

@@ -16,11 +16,11 @@ from pretrain.importers.weights import Weights
 
 _10K = "de4160dc52436e2e437a4c0293822e5fd644f4858738aa14995866a2617fedcd"
 _CLASSES = 21
-_LICENCE = "code Apache-2.0; weights: not stated in the file"
+_LICENCE = "Apache-2.0 (huggingface.co/Luffy503/VoCo; for VoCo_10k only its code states it)"
 _CITATION = "Wu, Zhuang, Chen: VoCo, CVPR 2024 (arXiv:2402.17300); TPAMI 2026 (arXiv:2410.09890)"
 _LEAK = (
-    "The pretraining scans are public CT data sets, among them BTCV, AMOS, TotalSegmentator, FLARE and LiTS: "
-    "results on their public test images are not results on unseen images"
+    "The pretraining scans are public CT data sets, among them BTCV, TotalSegmentator, FLARE23, LiTS, KiTS and MSD pancreas "
+    "(Luffy03/Large-Scale-Medical:Self-supervised/jsons): results on their public test images are not results on unseen images"
 )
 _160K = "PreCT-160K, public CT of abdomen, chest and head-neck"
 _UNET_SHAPE = ([32, 64, 128, 256, 320, 320], [2, 2, 2, 2, 2, 2])
