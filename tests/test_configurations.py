@@ -9,6 +9,8 @@ import logging
 import pytest
 import torch
 
+from autoseg import commands
+from autoseg.console import print_plans
 from planners import paths
 from planners.configurations import (
     carried_over,
@@ -25,6 +27,7 @@ from planners.planner import Overrides, plan_dataset
 from planners.plans import load_plan, plan_hash, plan_path, preprocessing_hash, resolved
 from planners.swin import training_gb
 from pretrain.encoders import build_segmentation_network, encoder_info
+from pretrain.loop import pretrain
 from tests.test_swin import PRIMUS, SWIN
 from tests.tiny import DATASET, dataset_json, tiny_plan, write_tiny_dataset, write_tiny_plan
 
@@ -221,6 +224,35 @@ def test_an_added_configuration_something_was_trained_from_is_immutable(planned,
     with pytest.raises(PlanError, match=f"(?s)changes in.*{name}.*--plan-name"):
         planned(intensity=(parse_scheme("minmax"),))
     assert load_plan(DATASET, "autosegPlans") == content
+
+
+def test_planning_for_a_derivable_configuration_adds_it_to_both_plans(tmp_path):
+    root = write_tiny_dataset(tmp_path, cases=2)
+    shown = []
+    pair = commands.plan_and_preprocess(
+        901, configurations=["3d_fullres_swin"], workers=1, root=root, on_planned=shown.append
+    )
+    assert shown == [pair]
+    for plan, features in ((pair.full, 48), (pair.cpu, 12)):
+        written = load_plan(DATASET, plan["plans_name"])["configurations"]["3d_fullres_swin"]
+        assert written == plan["configurations"]["3d_fullres_swin"]
+        assert written["architecture"]["arch_kwargs"]["feature_size"] == features
+    print_plans(pair)  # a child has no spacing of its own
+    data = paths.preprocessed(DATASET) / pair.full["configurations"]["3d_fullres"]["data_identifier"]
+    assert len(list(data.glob("*.b2nd"))) == 4
+    with pytest.raises(PlanError, match="no configuration nonsense"):
+        commands.plan_and_preprocess(901, configurations=["nonsense"], workers=1, root=root)
+
+
+def test_pretraining_makes_a_missing_configuration_but_showing_it_does_not(tmp_path):
+    write_tiny_dataset(tmp_path, cases=2)
+    write_tiny_plan(plan_for(median=(13, 27, 22), budget="cpu"))
+    options = {"method": "voco", "plan": "tinyPlans", "configuration": "3d_fullres_swin", "device": "cpu", "workers": 0}
+    pretrain(DATASET, show_config=True, **options)
+    assert "3d_fullres_swin" not in load_plan(DATASET, "tinyPlans")["configurations"]
+    with pytest.raises(PlanError, match="too small for VoCo"):  # VoCo cannot cut these scans for a network of stride 32
+        pretrain(DATASET, **options)
+    assert "3d_fullres_swin" in load_plan(DATASET, "tinyPlans")["configurations"]
 
 
 def test_stages_a_plan_no_longer_has_are_not_carried_over():

@@ -98,6 +98,21 @@ def test_voco_can_pretrain_swin_but_not_primus():
     assert "Primus" not in entry("voco").networks
 
 
+def test_vocos_first_version_averages_a_second_swin_encoder():
+    plan = with_configuration(swin_plan((1.0, 1.0, 1.0), (128.0, 140.0, 150.0)), NAME)
+    target = Target(plan, NAME, encoder_info(plan, NAME, dataset_json()))
+    case = CaseInfo("case", "memory", (128,) * 3, (1.0,) * 3, (1.0,) * 3, 1, ((0, 128),) * 3, 0.0)
+    config = VoCoConfig(variant="v1", hidden=16, export_teacher=True)
+    network = build_segmentation_network(plan, NAME, dataset_json())
+    method = VoCo(network, VoCo.plan(target, [case], config), config)
+    teacher = method.export().module
+    assert teacher.state_dict().keys() == network.encoder.state_dict().keys()
+    own, averaged = ({id(p) for p in module.parameters()} for module in (network, teacher))
+    assert not own & averaged
+    assert any(pair.average is teacher for pair in method.momentum_pairs())
+    assert {id(p) for p in method.encoder.parameters()} < own
+
+
 def test_an_encoder_saved_under_the_published_names_fills_a_new_network(tiny):
     plan = with_configuration(swin_plan(), NAME)
     torch.manual_seed(1)

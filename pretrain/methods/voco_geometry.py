@@ -232,7 +232,7 @@ def _upsampling(crop: Sequence[int], grid: Sequence[int], shape: Sequence[float]
             "The scans are too small for VoCo with this network",
             found=f"a typical scan of {_text(shape)} voxels, crops of {_text(crop)}, a grid of {_text(grid)}",
             expected=f"at least {_text([math.ceil(g * c / 2) for g, c in zip(grid, crop, strict=True)])} voxels",
-            remedy="plan a smaller patch (--patch-size), or a finer spacing (--spacing)",
+            remedy="plan a smaller patch (--patch-size) or a finer spacing (--spacing), or take a network with fewer halvings",
         )
     return factor
 
