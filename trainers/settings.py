@@ -73,7 +73,8 @@ class Resolved:
         return [(f"train.{key}", f"{values[key]}", self.origins[key]) for key in KEYS]
 
 
-_TRANSFORMERS = ("SwinUNETR", "Primus")
+TRANSFORMERS = ("SwinUNETR", "Primus")
+"""Networks that are trained with AdamW by their published recipes, however long."""
 
 
 def resolve(given: Mapping[str, Any], *, budget: str, device: str, pretrained: bool, network: str = "") -> Resolved:
@@ -96,7 +97,7 @@ def resolve(given: Mapping[str, Any], *, budget: str, device: str, pretrained: b
         by_rule(epochs=30, iterations=50)
     # Validated before the rule reads the length, and once more with everything.
     total = validated({**values, **given}).total_iterations
-    if network in _TRANSFORMERS or total < SHORT_ITERATIONS:
+    if network in TRANSFORMERS or total < SHORT_ITERATIONS:
         by_rule(optimizer="adamw")
     optimizer = given.get("optimizer", values["optimizer"])
     if optimizer == "adamw" and network == "SwinUNETR":

@@ -38,7 +38,7 @@ from trainers.runs import (
     stock_command,
     stored_plan,
 )
-from trainers.settings import KEYS, SHORT_ITERATIONS, Resolved, resolve, validated
+from trainers.settings import KEYS, SHORT_ITERATIONS, TRANSFORMERS, Resolved, resolve, validated
 from trainers.sources import Source, find_source
 
 logger = logging.getLogger("autoseg")
@@ -317,11 +317,11 @@ def _say_what_will_happen(job: Job) -> None:
         for warning in job.source.weights.warnings:
             logger.warning("%s: %s", job.source.name, warning)
     settings = job.resolved.settings
-    start = "new weights" if job.source is None else f"the encoder {job.source.name}"
+    start = "new weights" if job.source is None else f"the weights {job.source.name}"
     if job.resolved.origins["epochs"] == "run" and options_of(job.plan).get("pretrained"):
-        start = f"the encoder {options_of(job.plan)['pretrained']['name']}"
+        start = f"the weights {options_of(job.plan)['pretrained']['name']}"
     logger.info(
-        "Training %s of %s on %s from %s: %d epochs of %d iterations, %s at %g",
+        "Training %s of %s on %s from %s: %d epoch(s) of %d iterations, %s at %g",
         job.configuration,
         job.plan_name,
         job.device,
@@ -333,7 +333,11 @@ def _say_what_will_happen(job: Job) -> None:
     )
     if job.resolved.origins["epochs"] == "rule":
         logger.info("No GPU: a short training by default (--set train.epochs, train.iterations change it)")
-    if job.resolved.origins["optimizer"] == "rule":
+    architecture = plans.resolved(job.plan, job.configuration)["architecture"]
+    network = architecture["network_class_name"].rpartition(".")[2]
+    if network in TRANSFORMERS and "rule" in job.resolved.origins.values():
+        logger.info("Optimiser and rate are those published for %s (--show-config lists them)", network)
+    elif job.resolved.origins["optimizer"] == "rule":
         logger.info(
             "Fewer than %d iterations: AdamW, because nnU-Net's SGD would hardly leave the background "
             "(--set train.optimizer=sgd for nnU-Net's)",
