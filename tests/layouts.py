@@ -78,12 +78,12 @@ def suprem(network: SwinUNETR) -> dict[str, Any]:
     return {"net": state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 2}
 
 
-def vocomni_unet(seed: int = 0, *, last_stride: int = 1) -> PlainConvUNet:
-    """The network of VoComni_nnunet.pt. `last_stride`: of the slices in the last stage; 1 in the published plan."""
+def vocomni_unet(seed: int = 0) -> PlainConvUNet:
+    """The network of VoComni_nnunet.pt, with the strides of the published plan."""
     torch.manual_seed(seed)
     return PlainConvUNet(
         1, 6, [32, 64, 128, 256, 320, 320], nn.Conv3d, [[3, 3, 3]] * 6,
-        [[1, 1, 1], *[[2, 2, 2]] * 4, [last_stride, 2, 2]], [2] * 6, 21, [2] * 5, conv_bias=True,
+        [[1, 1, 1], *[[2, 2, 2]] * 4, [1, 2, 2]], [2] * 6, 21, [2] * 5, conv_bias=True,
         norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
         nonlin_kwargs={"inplace": True}, deep_supervision=True,
     ).eval()  # fmt: skip

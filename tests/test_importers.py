@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures import primus as official_primus
 from safetensors.torch import save_file
 
 from planners.errors import AutosegError, DatasetError, PretrainedMismatch, UnsafeFile
@@ -154,8 +155,9 @@ def test_other_input_channels_reach_every_kernel_that_sees_the_image(tmp_path):
     x = image()
     with torch.no_grad():
         one, two = loaded(weights)[0].encoder(x), network.encoder(x.expand(-1, 2, -1, -1, -1))
-    # the deepest map has two voxels, whose normalisation enlarges what rounding leaves
-    assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(one, two, strict=True))
+    # the last map has two voxels, whose instance norm enlarges rounding errors
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one[:4], two[:4], strict=True))
+    assert torch.allclose(one[4], two[4], atol=1e-2)
 
 
 def test_monais_self_supervised_transformer_fills_the_transformer_only(tmp_path):
@@ -266,6 +268,9 @@ def test_a_plan_that_names_code_or_contradicts_its_tensors_is_refused(tmp_path):
     plan["architecture_plans"]["arch_kwargs"]["features_per_stage"] = [4, 6, 8, 12]
     with pytest.raises(PretrainedMismatch, match="do not belong to the network"):
         read_weights(saved(tmp_path, layouts.nnssl(state, plan, "BaseMAETrainer")))
+    plan["architecture_plans"]["arch_kwargs"]["n_blocks_per_stage"] = [1, 10**9, 1, 1]
+    with pytest.raises(PretrainedMismatch, match=r"absurd size(?s:.*)1000000000"):
+        read_weights(saved(tmp_path, layouts.nnssl(state, plan, "BaseMAETrainer")))
     with pytest.raises(PretrainedMismatch, match="key_to_stem"):
         read_weights(saved(tmp_path, layouts.nnssl(state, {"key_to_encoder": "encoder.stages"}, "x")))
 
@@ -298,6 +303,20 @@ def test_primus_of_nnssl_loads_whole(prefix, tmp_path, monkeypatch):
     x = image((32, 32, 32))
     with torch.no_grad():
         assert same(network.encoder(x), source.encoder(x))
+
+
+@pytest.mark.parametrize("size", primus.SIZES)
+def test_the_sizes_of_primus_are_those_of_its_authors(size):
+    with torch.device("meta"):
+        official = getattr(official_primus, size)(1, 1, (8, 8, 8), (32, 32, 32), init_values=0.1, scale_attn_inner=True)
+        arguments = {**primus.SIZES[size], "patch_embed_size": [8] * 3, "input_shape": [32] * 3}
+        arguments |= {"init_values": 0.1, "scale_attn_inner": True}
+    network = build_network(
+        {"network_class_name": primus.NETWORK, "arch_kwargs": arguments, "_kw_requires_import": []},
+        1, 1, deep_supervision=False,
+    )  # fmt: skip
+    shapes = {name: tensor.shape for name, tensor in official.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in network.state_dict().items()} == shapes
 
 
 def test_positions_of_another_patch_are_interpolated_and_a_ramp_stays_a_ramp(tmp_path, monkeypatch):

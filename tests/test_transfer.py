@@ -92,3 +92,121 @@ def test_a_lower_share_is_reported_exactly():
     assert report.new == (("stem.convs.0.conv.weight", "not among the pretrained tensors"),)
     assert report.unused == ("nonsense",)
     assert json.loads(json.dumps(report.to_json()))["unused"] == ["nonsense"]
+
+
+def u_net(dims: int = 3, *, depths: tuple[int, ...] = (3, 3, 3), upsampling: int = 2, seed: int = 0):
+    torch.manual_seed(seed)
+    plan = tiny_plan(dims=dims)
+    name = "3d_fullres" if dims == 3 else "2d"
+    arguments = plan["configurations"][name]["architecture"]["arch_kwargs"]
+    arguments["kernel_sizes"] = [[depth, 3, 3][3 - dims :] for depth in depths]
+    arguments["strides"] = [[1, 1, 1][3 - dims :], *[[upsampling, 2, 2][3 - dims :]] * 2]
+    return build_segmentation_network(plan, name, dataset_json(), deep_supervision=False).eval()
+
+
+def volume(image: torch.Tensor, slices: int = 24) -> torch.Tensor:
+    """(B, C, y, x) repeated along the slices."""
+    return image.unsqueeze(2).expand(-1, -1, slices, -1, -1)
+
+
+def test_a_3d_network_in_2d_answers_as_for_a_volume_of_equal_slices():
+    source, target = u_net(), u_net(2, seed=1)
+    report = transfer(source.state_dict(), target)
+    assert (report.new, report.unused, report.encoder_share) == ((), (), 1.0)
+    assert {rule for _, rule in report.adapted} == {"3d to 2d by the sum over depth", "3d to 2d by the mean over depth"}
+    weight, flat = (network.encoder.stages[1].blocks[0].conv1.conv.weight for network in (source, target))
+    assert torch.allclose(weight.sum(2), flat, atol=1e-6)
+    weight, flat = (network.decoder.transpconvs[0].weight for network in (source, target))
+    assert torch.allclose(weight.mean(2), flat, atol=1e-6)
+
+
+def test_a_2d_network_in_3d_answers_as_for_each_slice():
+    source = u_net(2)
+    image = torch.randn(1, 1, 16, 24, generator=torch.Generator().manual_seed(0))
+    for depths, upsampling in (((1, 1, 1), 1), ((1, 3, 3), 2)):
+        target = u_net(depths=depths, upsampling=upsampling, seed=1)
+        report = transfer(source.state_dict(), target)
+        assert (report.new, report.unused, report.encoder_share) == ((), (), 1.0)
+        with torch.no_grad():
+            output = target(volume(image))
+            expected = source(image)
+        assert torch.allclose(output[:, :, 12], expected, atol=1e-4)  # centre slices: the kernels reach no border
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1)])
+def test_up_sampling_kernels_are_repeated_or_averaged_along_the_slices(old, new):
+    source, target = u_net(upsampling=old), u_net(upsampling=new, seed=1)
+    report = transfer(source.state_dict(), target)
+    assert report.new == ()
+    weight, other = (network.decoder.transpconvs[0].weight for network in (source, target))
+    assert weight.shape[2] == old
+    assert torch.allclose(other, weight.mean(2, keepdim=True).expand_as(other), atol=1e-6)
+
+
+def test_a_deeper_target_says_which_stages_are_new_and_a_shallower_one_which_are_unused():
+    deep, shallow = encoder(seed=0), torch.nn.Module()
+    tensors = {name: tensor for name, tensor in short_names(deep).items() if not name.startswith("stages.2.")}
+    report = transfer(tensors, encoder(seed=1), minimum_share=0.1)
+    assert {why for _, why in report.new} == {"the pretrained network has no stages.2"}
+    shallow.stem, shallow.stages = encoder(seed=1).stem, torch.nn.ModuleList(encoder(seed=1).stages[:2])
+    report = transfer(short_names(deep), shallow)
+    assert report.encoder_share == 1.0
+    assert all(name.startswith("stages.2.") for name in report.unused)
+
+
+class Positions(torch.nn.Module):
+    """A table of positions, and an index derived from its size."""
+
+    def __init__(self, grid: tuple[int, ...], extra: int, index: int = 4) -> None:
+        super().__init__()
+        tokens = extra + int(torch.tensor(grid).prod())
+        self.table = torch.nn.Parameter(torch.randn(1, tokens, 3))
+        self.register_buffer("index", torch.arange(index))
+        self.register_buffer("steps", torch.tensor(extra))
+        self.position_grids = {"table": grid}
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 0), (1, 1), (3, 1)])
+def test_position_tables_keep_the_class_tokens_the_target_has(old, new):
+    source, target = Positions((2, 3, 4), old), Positions((4, 3, 1), new)
+    places = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(3), torch.arange(4), indexing="ij"), -1)
+    with torch.no_grad():
+        source.table[:, old:] = places.view(1, 24, 3).float()
+    report = transfer(source.state_dict(), target, position_grids=source.position_grids)
+    assert report.encoder_share == 1.0
+    assert torch.equal(target.table[:, :new], source.table[:, :new])
+    grid = target.table[0, new:].view(4, 3, 1, 3)
+    assert torch.allclose(grid[:, 0, 0, 0], torch.tensor([0, 1 / 3, 2 / 3, 1]), atol=1e-6)
+    assert torch.allclose(grid[0, :, 0, 1], torch.tensor([0.0, 1, 2]))
+    assert (grid[..., 2] == 1.5).all()  # one token along an axis takes its middle
+    assert ("class tokens dropped" in report.adapted[0][1]) == (old > new)
+
+
+def test_a_position_table_without_a_known_grid_or_with_too_few_class_tokens_is_not_used():
+    source = Positions((2, 3, 4), 0)
+    for target, grids in ((Positions((4, 3, 1), 0), {}), (Positions((4, 3, 1), 1), source.position_grids)):
+        report = transfer(source.state_dict(), target, minimum_share=0.0, position_grids=grids)
+        assert [name for name, _ in report.new] == ["table"]
+    assert "grid (2, 3, 4)" in report.new[0][1]
+
+
+def test_derived_tensors_are_compared_and_never_counted_nor_copied():
+    source, target = Positions((2, 2, 2), 0), Positions((2, 2, 2), 0)
+    target.steps += 5  # a counter
+    report = transfer(source.state_dict(), target)
+    assert (report.loaded, report.unused, report.encoder_share) == (("table",), (), 1.0)
+    assert int(target.steps) == 5
+    assert transfer(Positions((2, 2, 2), 0, index=9).state_dict(), target).unused == ()
+    source.index += 1
+    before = target.table.clone()
+    with pytest.raises(PretrainedMismatch, match="index"):
+        transfer(source.state_dict(), target, minimum_share=0.0)
+    assert torch.equal(target.table, before)
+
+
+def test_the_share_can_be_asked_of_a_part():
+    tensors = {name: tensor for name, tensor in short_names(encoder(seed=0)).items() if name.startswith("stem.")}
+    report = transfer(tensors, encoder(seed=1), part=("stem",))
+    assert report.encoder_share < 0.1
+    with pytest.raises(PretrainedMismatch, match=r"0 % of the encoder's stages"):
+        transfer(tensors, encoder(seed=1), part=("stages",))

@@ -26,6 +26,9 @@ RECOGNISERS: tuple[tuple[str, Callable[[Contents], Weights | None]], ...] = (
 )
 """Tried in order; the first that knows the content takes it. A new family of files is one more module and one line."""
 
+_LARGEST = 10_000
+"""No count, size or number of features of a network is larger; building one that claims so could take for ever."""
+
 
 def read_weights(path: Path, *, branch: Literal["teacher", "student"] = "teacher") -> Weights:
     """Recognise and read a file or folder of weights. Nothing in it is run.
@@ -54,6 +57,8 @@ def read_weights(path: Path, *, branch: Literal["teacher", "student"] = "teacher
 
 def _verified(weights: Weights, path: Path) -> Weights:
     """Every tensor has a place of its shape in the network described; trainers may have built another one than they say."""
+    if (largest := _largest(weights.architecture["arch_kwargs"])) > _LARGEST:
+        raise PretrainedMismatch("The file describes a network of absurd size", where=path, found=largest)
     try:
         with torch.device("meta"):
             network = build_network(weights.architecture, weights.channels, 2, deep_supervision=False, initialise=False)
@@ -75,6 +80,15 @@ def _verified(weights: Weights, path: Path) -> Weights:
             remedy="these weights cannot be used here: they come from a changed network",
         )
     return weights
+
+
+def _largest(value: object) -> float:
+    """The largest number anywhere in a description."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return max((_largest(entry) for entry in value), default=0)
+    return value if isinstance(value, int | float) else 0
 
 
 def _unknown(path: Path, contents: Contents | None) -> PretrainedMismatch:
