@@ -1,6 +1,6 @@
 """autoseg: self-configuring medical image segmentation with self-supervised pretraining.
 
-The Python API has the commands' names and options::
+The Python API has the commands' names and options (`import_` for `import`, which Python keeps for itself)::
 
     import autoseg
     autoseg.plan_and_preprocess(17)
@@ -18,10 +18,14 @@ from autoseg.commands import (
     convert_msd,
     demo,
     evaluate,
+    export,
+    import_,
     methods,
     plan_and_preprocess,
     predict,
     pretrain,
+    pull,
+    push,
     train,
     verify,
 )
@@ -33,10 +37,14 @@ __all__ = [
     "convert_msd",
     "demo",
     "evaluate",
+    "export",
+    "import_",
     "methods",
     "plan_and_preprocess",
     "predict",
     "pretrain",
+    "pull",
+    "push",
     "train",
     "verify",
 ]
