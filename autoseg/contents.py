@@ -65,6 +65,18 @@ _ENDING = re.compile(r"(\.[A-Za-z0-9]+){1,2}")
 
 
 @dataclass(frozen=True)
+class Validation:
+    """Numbers of a fold's validation cases, without the cases."""
+
+    cases: int
+    seen_in_pretraining: int | None
+    """How many of them the encoder had seen, without labels; None where that is not known."""
+    foreground_mean: dict[str, float | None]
+    mean: dict[str, dict[str, float | None]]
+    """Of each label or region, as nnU-Net names them."""
+
+
+@dataclass(frozen=True)
 class Fold:
     """`fold.json`: what a checkpoint says beside its weights."""
 
@@ -75,8 +87,7 @@ class Fold:
     """The class that trained it, if it is one of autoseg's."""
     mirroring_axes: list[int] | None
     epochs: int | None
-    validation: dict[str, Any] | None
-    """Number of `cases`, `mean` of each label, `foreground_mean`, and how many cases pretraining had `seen`."""
+    validation: Validation | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,9 @@ def read_model(folder: Path, manifest: Manifest) -> Model:
     plan, dataset_json = (_json(folder / name) for name in (PLAN, DATASET))
     check_dataset_json(dataset_json, folder / DATASET)
     check_plan(plan, folder / PLAN)
-    folds = {name: _fold(folder / f"fold_{name}" / FOLD) for name in sorted(names, key=_fold_order)}
+    if "transfer.json" in manifest.files:
+        _json(folder / "transfer.json")
+    folds = {name: read_fold(folder / f"fold_{name}" / FOLD) for name in sorted(names, key=_fold_order)}
     model = Model(plan, dataset_json, folds)
     if len({(fold.configuration, fold.trainer_name, fold.autoseg_trainer) for fold in folds.values()}) > 1:
         raise DatasetError("The folds are not of one model", where=folder)
@@ -280,7 +293,8 @@ def _fold_order(name: str) -> tuple[bool, int]:
     return name == "all", int(name) if name.isdigit() else 0
 
 
-def _fold(path: Path) -> Fold:
+def read_fold(path: Path) -> Fold:
+    """`fold.json`, every field checked."""
     _json(path)
     try:
         fold = TypeAdapter(Fold).validate_json(path.read_bytes(), strict=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,7 +177,6 @@ def _download(repo: str, commit: str, names: list[str], folder: Path, endpoint: 
 
     for name in names:
         hf_hub_download(repo, name, revision=commit, local_dir=folder, endpoint=endpoint)
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's notes on what it downloaded
 
 
 def _api(endpoint: str | None) -> HfApi:

@@ -79,7 +79,7 @@ def write_model_folder(source: Path, model: contents.Model, target: Path) -> Non
         save_checkpoint(folder / FINAL, checkpoint)
         copy_file(source / f"fold_{name}" / contents.FOLD, folder / contents.FOLD)
         if fold.validation is not None:
-            numbers = {key: fold.validation[key] for key in ("foreground_mean", "mean")}
+            numbers = {"foreground_mean": fold.validation.foreground_mean, "mean": fold.validation.mean}
             write_json(folder / "validation" / "summary.json", {**numbers, "metric_per_case": []})
 
 
@@ -119,7 +119,6 @@ def _install_encoder(
         for file in (WEIGHTS_NAME, CARD_NAME, contents.PLAN, archive.CARD):
             if (source / file).is_file():
                 copy_file(source / file, temporary / file)
-        (temporary / WEIGHTS_NAME).chmod(0o644)
         write_json(temporary / ORIGIN, origin)
     logger.info("Installed the encoder %s", target)
     logger.info("Next: autoseg train -d %s --pretrained %s", dataset_id(dataset_name), name)

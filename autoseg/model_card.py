@@ -12,7 +12,7 @@ from trainers.label_names import class_names
 from trainers.runs import SCRATCH, options_of
 
 if TYPE_CHECKING:
-    from autoseg.contents import Model
+    from autoseg.contents import Model, Validation
     from pretrain.checkpoint import EncoderCard
 
 _HUB_LICENCES = {
@@ -142,10 +142,10 @@ def _metrics(model: Model) -> str:
     rows = []
     for fold, facts in model.folds.items():
         if facts.validation is not None:
-            means = list(facts.validation["mean"].values())
+            means = list(facts.validation.mean.values())
             values = [_number(mean.get("Dice")) for mean in means] if len(means) == len(names) else ["?"] * len(names)
-            overall = _number(facts.validation["foreground_mean"].get("Dice"))
-            rows.append((fold, str(facts.validation["cases"]), *values, overall, _seen(model, facts.validation)))
+            overall = _number(facts.validation.foreground_mean.get("Dice"))
+            rows.append((fold, str(facts.validation.cases), *values, overall, _seen(model, facts.validation)))
     if not rows:
         return "## Metrics\n\nNone were measured."
     heading = ("fold", "cases", *names, "mean", "seen in pretraining")
@@ -155,11 +155,11 @@ def _metrics(model: Model) -> str:
     )
 
 
-def _seen(model: Model, validation: Mapping[str, Any]) -> str:
+def _seen(model: Model, validation: Validation) -> str:
     if options_of(model.plan).get("pretrained") is None:
         return "no pretraining"
-    seen = validation.get("seen_in_pretraining")
-    return "not known" if seen is None else f"{seen} of {validation['cases']}, without labels"
+    seen = validation.seen_in_pretraining
+    return "not known" if seen is None else f"{seen} of {validation.cases}, without labels"
 
 
 def _epochs(model: Model, options: Mapping[str, Any]) -> str:

@@ -188,7 +188,7 @@ def _fold(checkpoint: dict, source: Path, plan: dict) -> contents.Fold:
     own = checkpoint.get("autoseg", {}).get("trainer_name")
     mirroring = checkpoint.get("inference_allowed_mirroring_axes")
     if (source / contents.FOLD).is_file():  # imported: the numbers came with it
-        validation = read_json(source / contents.FOLD)["validation"]
+        validation = contents.read_fold(source / contents.FOLD).validation
     else:
         validation = _validation(source, plan)
     return contents.Fold(
@@ -201,19 +201,17 @@ def _fold(checkpoint: dict, source: Path, plan: dict) -> contents.Fold:
     )
 
 
-def _validation(source: Path, plan: dict) -> dict | None:
+def _validation(source: Path, plan: dict) -> contents.Validation | None:
     """The numbers of nnU-Net's `summary.json` without its cases, which are file paths."""
     path = source / "validation" / "summary.json"
     if not path.is_file():
         return None
     summary = read_json(path)
-    return _finite(
-        {
-            "cases": len(summary["metric_per_case"]),
-            "seen_in_pretraining": _seen(source, plan),
-            "foreground_mean": summary["foreground_mean"],
-            "mean": summary["mean"],
-        }
+    return contents.Validation(
+        cases=len(summary["metric_per_case"]),
+        seen_in_pretraining=_seen(source, plan),
+        foreground_mean=_finite(summary["foreground_mean"]),
+        mean=_finite(summary["mean"]),
     )
 
 
@@ -245,7 +243,7 @@ def _pack_encoder(source: Path, folder: Path) -> str:
     plan = _plan_of(source, card)
     if plan is not None:
         _write(folder / contents.PLAN, plan)
-    name = source.resolve().name
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", source.resolve().name).strip(".-") or card.method  # usable as a run's name
     (folder / archive.CARD).write_text(encoder_card_text(card, name), encoding="utf-8")
     return name
 
@@ -302,8 +300,6 @@ def _finite(value: Any) -> Any:
     """NaN, which nnU-Net writes for structures no case has, as null."""
     if isinstance(value, dict):
         return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

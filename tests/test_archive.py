@@ -269,11 +269,17 @@ def test_a_plan_that_names_code_or_paths_is_refused(files, data, tmp_path, keys,
         ("fold_0/fold.json", ("trainer_name",), 3),
         ("fold_0/fold.json", ("mirroring_axes",), [0, 7]),
         ("fold_0/fold.json", ("epochs",), "4"),
+        ("fold_0/fold.json", ("validation",), {"cases": 3}),
     ],
 )
 def test_descriptions_that_are_not_as_they_must_be_are_refused(files, data, tmp_path, name, keys, value):
     bad = with_json(files, name, set_in(*keys, value=value))
     refused(written(tmp_path / "a.zip", bad), data, AutosegError, "")
+
+
+def test_a_transfer_report_that_is_no_json_is_refused(files, data, tmp_path):
+    bad = sealed(files, **{"transfer.json": b"not at all"})
+    refused(written(tmp_path / "a.zip", bad), data, DatasetError, r"transfer\.json is not")
 
 
 def other_shape(tensors):

@@ -119,11 +119,24 @@ def test_fetch_downloads_other_peoples_weights_and_no_code(server):
     nnssl = {"checkpoint_final.pth": b"weights", "adaptation_plan.json": b"{}", "config.json": b"{}", "run.py": b"evil"}
     server.make("lab/nnssl", nnssl)
     folder = fetch("hf:lab/nnssl", endpoint=server.url)
-    assert sorted(path.name for path in folder.iterdir()) == ["adaptation_plan.json", "checkpoint_final.pth"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
+        "adaptation_plan.json",
+        "checkpoint_final.pth",
+    ]
     server.make("lab/one", {"VoCo_10k.pt": b"weights", "README.md": b"", "model.py": b"evil"})
     file = fetch("hf:lab/one", endpoint=server.url)
     assert file.name == "VoCo_10k.pt" and file.read_bytes() == b"weights"
     assert not any(request.endswith(".py") for request in server.requests)
+
+
+def test_fetch_downloads_a_commit_once(server):
+    server.make("lab/one", {"VoCo_10k.pt": b"weights"})
+    first = fetch("hf:lab/one", endpoint=server.url)
+    server.requests.clear()
+    assert fetch("hf:lab/one", endpoint=server.url) == first
+    assert not any("VoCo_10k" in request for request in server.requests)
+    server.repositories["lab/one"].commit({"VoCo_10k.pt": b"better"})
+    assert fetch("hf:lab/one", endpoint=server.url).read_bytes() == b"better"
 
 
 def test_fetch_lists_several_candidates_and_takes_the_one_that_is_named(server):

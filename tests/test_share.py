@@ -8,16 +8,17 @@ import sys
 
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 import autoseg
 from autoseg.share import choose, export
 from planners import paths
-from planners.errors import DatasetError, PretrainedMismatch, SettingsError
+from planners.errors import DatasetError, PlanError, PretrainedMismatch, SettingsError
 from planners.files import read_json, write_json
 from pretrain.checkpoint import EncoderCard, hidden_case, load_encoder, seen_cases
 from tests.shared import entries, manifest_of, tree, use, write_tiny_encoder
 from tests.test_nnunet_roundtrip import BLOCKER
-from tests.tiny import DATASET, tiny_plan, write_tiny_dataset, write_tiny_plan
+from tests.tiny import DATASET, dataset_json, tiny_plan, write_tiny_dataset, write_tiny_plan
 from tests.trained import read, train_tiny
 from trainers.predict import predict
 from trainers.predictor import AutosegPredictor
@@ -71,12 +72,11 @@ def test_a_model_comes_back_with_bit_identical_logits_and_its_numbers(home, mode
 
 def test_stock_nnunet_predicts_an_imported_model_without_our_packages(home, model_zip, tmp_path):
     scans = paths.raw(DATASET) / "imagesTs"
-    ours = predict(scans, tmp_path / "ours", dataset=901, device="cpu")
-    use(tmp_path / "elsewhere")
+    ours = predict(scans, tmp_path / "ours", dataset=901, device="cpu", mirroring=False)
     installed = autoseg.import_(model_zip, root=tmp_path / "elsewhere")
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
     folders = {f"nnUNet_{part}": str(tmp_path / "elsewhere" / part) for part in ("raw", "preprocessed", "results")}
-    arguments = [*stock_command(installed, (0,), "cpu").split()[1:], "-npp", "0", "-nps", "0"]
+    arguments = [*stock_command(installed, (0,), "cpu").split()[1:], "-npp", "0", "-nps", "0", "--disable_tta"]
     arguments = [{"INPUT": str(scans), "OUTPUT": str(tmp_path / "stock")}.get(a, a) for a in arguments]
     start = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point; predict_entry_point()"
     done = subprocess.run(
@@ -88,6 +88,23 @@ def test_stock_nnunet_predicts_an_imported_model_without_our_packages(home, mode
     assert len(ours.written) == 2
     for mask in ours.written:
         assert (read(mask) == read(tmp_path / "stock" / mask.name)).mean() >= 0.999
+
+
+def test_a_model_of_stock_nnunet_is_exported_and_imported(home, tmp_path, monkeypatch):
+    """Trained by nnU-Net's own trainer for a moment."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    (paths.preprocessed(DATASET) / "dataset_fingerprint.json").write_text("{}")
+    plan = {**tiny_plan(), "continue_training": False}
+    stock = nnUNetTrainer(plan, "3d_fullres", 0, dataset_json(), torch.device("cpu"))
+    stock.num_epochs, stock.num_iterations_per_epoch, stock.num_val_iterations_per_epoch = 1, 2, 1
+    stock.run_training()
+    archive = export(model_folder=stock.output_folder_base, output=tmp_path / "stock.zip")
+    assert b"case_0" not in archive.read_bytes()
+    expected = logits(stock.output_folder_base)
+    installed = autoseg.import_(archive, root=tmp_path / "elsewhere")
+    assert installed.name == "nnUNetTrainer__tinyPlans__3d_fullres"
+    assert torch.equal(logits(installed), expected)
+    shutil.rmtree(stock.output_folder_base)
 
 
 def test_the_same_model_gives_the_same_bytes_here_and_after_an_import(home, model_zip, encoder_zip, tmp_path):
@@ -203,6 +220,15 @@ def test_an_id_that_is_another_dataset_here_is_explained(model_zip, tmp_path):
     assert installed.parent.name == "Dataset902_Tiny"
     assert read_json(installed / "plans.json")["dataset_name"] == "Dataset902_Tiny"
     assert autoseg.import_(model_zip, 901, root=tmp_path / "other").parent.name == "Dataset901_Knee"
+
+
+def test_what_is_not_there_is_listed(home):
+    with pytest.raises(SettingsError, match=r"(?s)no encoder mae.*voco \(tinyPlans__3d_fullres\)"):
+        choose(901, encoder="mae")
+    with pytest.raises(PlanError, match="no trained model"):
+        choose(901, run="other")
+    with pytest.raises(DatasetError, match=r"no fold_3/checkpoint_final\.pth"):
+        choose(None, model_folder=paths.results(DATASET) / RUN, folds=[3])
 
 
 def test_an_unfinished_encoder_is_not_shared(tmp_path):
