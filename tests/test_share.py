@@ -81,7 +81,7 @@ def test_stock_nnunet_predicts_an_imported_model_without_our_packages(home, mode
     start = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point; predict_entry_point()"
     done = subprocess.run(
         [sys.executable, "-c", start, *arguments],
-        env={"PATH": "", "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", **folders},
+        env={"PATH": "", "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "nnUNet_def_n_proc": "1", **folders},
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
