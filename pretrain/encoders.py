@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from planners.errors import PlanError
-from pretrain.networks.registry import build_network
+from pretrain.networks.registry import build_network, has_deep_supervision
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,18 @@ class EncoderInfo:
 def build_segmentation_network(
     plan: dict, configuration: str, dataset_json: dict, *, deep_supervision: bool = True, initialise: bool = True
 ) -> nn.Module:
-    """The segmentation network of one configuration of a plan, on the CPU, with fresh weights."""
+    """The segmentation network of one configuration of a plan, on the CPU, with fresh weights.
+
+    `deep_supervision` has no effect on a network without it.
+    """
     manager = PlansManager(plan)
     chosen = manager.get_configuration(configuration)
+    architecture = chosen.configuration["architecture"]
     return build_network(
-        chosen.configuration["architecture"],
+        architecture,
         determine_num_input_channels(manager, chosen, dataset_json),
         manager.get_label_manager(dataset_json).num_segmentation_heads,
-        deep_supervision=deep_supervision,
+        deep_supervision=deep_supervision and has_deep_supervision(architecture),
         initialise=initialise,
     )
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from planners.errors import PlanError, UnsafeFile
 
@@ -21,7 +23,11 @@ NETWORKS: dict[str, str] = {
     f"{_UNET}.ResidualUNet": f"{_UNET}.ResidualUNet",
     # where dynamic-network-architectures kept it before 0.2; nnU-Net still writes it when it converts old plans
     "dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet": f"{_UNET}.ResidualEncoderUNet",
+    "pretrain.networks.SwinUNETR": "pretrain.networks.SwinUNETR",
+    "pretrain.networks.Primus": "pretrain.networks.Primus",
 }
+
+_ONE_OUTPUT = ("pretrain.networks.SwinUNETR", "pretrain.networks.Primus")
 
 _LAYER_MODULES: dict[str, tuple[str, ...]] = {
     "conv": ("Conv2d", "Conv3d"),
@@ -76,6 +82,11 @@ def check_architecture(architecture: dict) -> None:
             raise _refusal(f"arch_kwargs.{argument}", value, LAYERS[argument])
 
 
+def has_deep_supervision(architecture: dict) -> bool:
+    """Whether the network of an architecture can return an output for each stage of its decoder."""
+    return architecture["network_class_name"] not in _ONE_OUTPUT
+
+
 def build_network(
     architecture: dict,
     input_channels: int,
@@ -93,15 +104,26 @@ def build_network(
     for argument in architecture["_kw_requires_import"]:
         if arguments.get(argument) is not None:
             arguments[argument] = LAYERS[argument][arguments[argument]]
-    return get_network_from_plans(
-        NETWORKS[architecture["network_class_name"]],
-        arguments,
-        architecture["_kw_requires_import"],
-        input_channels,
-        output_channels,
-        allow_init=initialise,
-        deep_supervision=deep_supervision,
-    )
+    with _NumbersInMemory():
+        return get_network_from_plans(
+            NETWORKS[architecture["network_class_name"]],
+            arguments,
+            architecture["_kw_requires_import"],
+            input_channels,
+            output_channels,
+            allow_init=initialise,
+            deep_supervision=deep_supervision,
+        )
+
+
+class _NumbersInMemory(TorchFunctionMode):
+    """Lets transformers be built on the meta device: they take their rates of dropped paths out of a `linspace`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
 
 
 def _refusal(entry: str, found: object, allowed: dict[str, Any]) -> UnsafeFile:
