@@ -195,7 +195,9 @@ def network_of(plan: dict, configuration: str, dataset_json: dict) -> nn.Module:
     """The network of a plan on the meta device: names and shapes without memory."""
     try:
         with torch.device("meta"), nnunet_quiet():
-            return build_segmentation_network(plan, configuration, dataset_json, initialise=False)
+            return build_segmentation_network(
+                plan, configuration, dataset_json, deep_supervision=False, initialise=False
+            )
     except AutosegError:
         raise
     except Exception as error:  # whatever a constructor says of arguments nobody checked

@@ -33,7 +33,10 @@ logger = logging.getLogger("autoseg")
 
 _SEED = 0
 """Of the layers an encoder does not have: equal exports are equal."""
-_NNSSL_UNETS = ("ResidualEncoderUNet", "PlainConvUNet")
+_UNETS = ("ResidualEncoderUNet", "PlainConvUNet")
+_PRIMUS = {"PrimusS": (396, 12, 6), "PrimusB": (792, 12, 12), "PrimusM": (864, 16, 12), "PrimusL": (1056, 24, 16)}
+"""nnssl names these sizes (embed_dim, eva_depth, eva_numheads) and no other."""
+_PRIMUS_OPTIONS = {"patch_embed_size": [8, 8, 8], "init_values": 0.1, "scale_attn_inner": True}
 
 
 def write_format(format: str, packed: Path, manifest: archive.Manifest, target: Path) -> None:
@@ -65,25 +68,18 @@ def nnunet_weights(tensors: dict[str, torch.Tensor], card: EncoderCard) -> dict[
 
 def nnssl_checkpoint(tensors: dict[str, torch.Tensor], card: EncoderCard, plan: dict | None) -> dict[str, Any]:
     """nnssl's layout, as nnU-Net's master fine-tunes from it. Raises SettingsError for what the layout cannot hold."""
-    architecture = card.architecture
-    class_name = architecture["network_class_name"].rsplit(".", 1)[-1]
-    if class_name not in _NNSSL_UNETS or len(card.spacing) != 3:
-        raise SettingsError(
-            "The format nnssl cannot hold this network",
-            found=f"{class_name}, {len(card.spacing)}D",
-            expected=f"a 3D {' or '.join(_NNSSL_UNETS)}, the networks nnU-Net's fine-tuning builds from a plan",
-            remedy="share it with `autoseg export` or `autoseg push`",
-        )
+    class_name, arguments, imported = _nnssl_architecture(card)
     network = _whole_network(tensors, card)
+    parts = (f"{network.key_to_encoder}.", f"{network.key_to_stem}.")
     return {
-        "network_weights": {f"encoder.{name}": value for name, value in encoder_of(network).state_dict().items()},
+        "network_weights": {n: value for n, value in network.state_dict().items() if n.startswith(parts)},
         "trainer_name": f"autoseg_{card.method}",
         "init_args": {"configuration": card.configuration},
         "nnssl_adaptation_plan": {
             "architecture_plans": {
                 "arch_class_name": class_name,
-                "arch_kwargs": architecture["arch_kwargs"],
-                "arch_kwargs_requiring_import": architecture["_kw_requires_import"],
+                "arch_kwargs": arguments,
+                "arch_kwargs_requiring_import": imported,
             },
             "pretrain_plan": _pretrain_plan(card, plan or {}),
             "pretrain_num_input_channels": len(card.channels),
@@ -91,7 +87,7 @@ def nnssl_checkpoint(tensors: dict[str, torch.Tensor], card: EncoderCard, plan: 
             "key_to_encoder": network.key_to_encoder,
             "key_to_stem": network.key_to_stem,
             "keys_to_in_proj": [str(key) for key in network.keys_to_in_proj],
-            "key_to_lpe": None,
+            "key_to_lpe": getattr(network, "key_to_lpe", None),
         },
         "citations": _citations(card),
     }
@@ -107,6 +103,26 @@ def _write_nnunet_model(packed: Path, manifest: archive.Manifest, target: Path) 
         logger.info("Use it:   nnUNetv2_install_pretrained_model_from_zip %s", target)
         folds = [int(fold) if fold.isdigit() else fold for fold in model.folds]
         logger.info("          %s", stock_command(folder, folds, "cuda"))
+
+
+def _nnssl_architecture(card: EncoderCard) -> tuple[str, dict | None, list | None]:
+    """Name, arguments and arguments to import as nnssl writes them; a preset has a name only."""
+    class_name = str(card.architecture["network_class_name"]).rsplit(".", 1)[-1]
+    arguments = card.architecture["arch_kwargs"]
+    if class_name in _UNETS and len(card.spacing) == 3:
+        return class_name, arguments, card.architecture["_kw_requires_import"]
+    if class_name == "Primus" and {**arguments, **_PRIMUS_OPTIONS} == arguments:
+        size = tuple(arguments.get(key) for key in ("embed_dim", "eva_depth", "eva_numheads"))
+        others = set(arguments) - set(_PRIMUS_OPTIONS) - {"embed_dim", "eva_depth", "eva_numheads", "input_shape"}
+        for preset, its_size in _PRIMUS.items():
+            if size == its_size and not others:
+                return preset, None, None
+    raise SettingsError(
+        "The format nnssl cannot hold this network",
+        found=f"{class_name}, {len(card.spacing)}D",
+        expected=f"a 3D {' or '.join(_UNETS)}, or {', '.join(_PRIMUS)}: what nnU-Net's fine-tuning can build",
+        remedy="share it with `autoseg export` or `autoseg push`",
+    )
 
 
 def _whole_network(tensors: dict[str, torch.Tensor], card: EncoderCard) -> Any:

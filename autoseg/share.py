@@ -193,7 +193,7 @@ def _fold(checkpoint: dict, source: Path, plan: dict) -> contents.Fold:
         validation = _validation(source, plan)
     return contents.Fold(
         configuration=checkpoint["init_args"]["configuration"],
-        trainer_name="nnUNetTrainer" if own else checkpoint["trainer_name"],
+        trainer_name=checkpoint["trainer_name"],
         autoseg_trainer=own,
         mirroring_axes=None if mirroring is None else [int(axis) for axis in mirroring],
         epochs=checkpoint.get("current_epoch"),

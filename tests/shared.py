@@ -34,7 +34,9 @@ def write_tiny_encoder(plan: dict | None = None, run: str | None = None, **chang
     plan = plan or tiny_plan()
     card = tiny_card(plan, **changes)
     torch.manual_seed(3)
-    network = build_segmentation_network(plan, card.configuration, dataset_json(len(card.channels)))
+    network = build_segmentation_network(
+        plan, card.configuration, dataset_json(len(card.channels)), deep_supervision=False
+    )
     folder = encoder_folder(card.dataset, card.plan_name, card.configuration, card.method, run)
     save_encoder(folder, encoder_of(network), card)
     return folder

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.primus import PrimusS
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
+from autoseg.formats import nnssl_checkpoint
 from autoseg.share import export
 from planners import paths
 from planners.errors import SettingsError
 from pretrain.checkpoint import load_encoder
 from pretrain.encoders import build_segmentation_network, encoder_of
-from tests.shared import use, write_tiny_encoder
+from pretrain.networks.registry import build_network
+from tests.shared import tiny_card, use, write_tiny_encoder
 from tests.tiny import DATASET, dataset_json, tiny_plan, write_tiny_dataset
 from tests.trained import read, train_tiny
+from trainers.checkpoint import save_checkpoint
 from trainers.predict import predict
 from trainers.runs import stock_command
 
@@ -120,6 +124,33 @@ def test_nnssls_layout_describes_the_network_and_the_data(data, tmp_path):
     assert all(f"{key}.weight" in checkpoint["network_weights"] for key in stem) and len(stem) == 2
     assert checkpoint["citations"][0]["apa_citations"] == ["Wu et al. 2024"]
     assert b"case_0" not in file.read_bytes() and str(data).encode() not in file.read_bytes()
+
+
+def primus_card(**changes):
+    arguments = {"embed_dim": 396, "eva_depth": 12, "eva_numheads": 6, "patch_embed_size": [8, 8, 8],
+                 "input_shape": [16, 16, 16], "init_values": 0.1, "scale_attn_inner": True, **changes}  # fmt: skip
+    architecture = {
+        "network_class_name": "pretrain.networks.Primus", "arch_kwargs": arguments, "_kw_requires_import": [],
+    }  # fmt: skip
+    return tiny_card(tiny_plan(), architecture=architecture, patch_size=[16, 16, 16])
+
+
+def test_a_primus_of_a_known_size_is_named_and_any_other_refused(tmp_path):
+    card = primus_card()
+    own = build_network(card.architecture, 1, 2, deep_supervision=False)
+    save_checkpoint(tmp_path / "primus.pth", nnssl_checkpoint(own.encoder.state_dict(), card, None))
+    plan = torch.load(tmp_path / "primus.pth", weights_only=True)["nnssl_adaptation_plan"]
+    assert plan["architecture_plans"] == {
+        "arch_class_name": "PrimusS", "arch_kwargs": None, "arch_kwargs_requiring_import": None,
+    }  # fmt: skip
+    assert plan["key_to_lpe"] == "eva.pos_embed"
+    preset = PrimusS(1, 3, (8, 8, 8), (16, 16, 16))
+    load_as_nnunet_master(preset, tmp_path / "primus.pth")
+    state = preset.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in own.encoder.state_dict().items())
+    for change in ({"eva_numheads": 12}, {"init_values": None}, {"num_register_tokens": 4}):
+        with pytest.raises(SettingsError, match=r"(?s)nnssl cannot hold.*Primus"):
+            nnssl_checkpoint({}, primus_card(**change), None)
 
 
 def test_what_a_format_cannot_hold_is_refused_with_the_reason(data, tmp_path):

@@ -131,6 +131,33 @@ def test_an_encoder_comes_back_and_trains_by_its_name(home, encoder_zip, tmp_pat
     assert read_json(folder.parent / "transfer.json")["encoder_share"] == 1.0
 
 
+SWIN = {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 4, "use_v2": True}
+PRIMUS = {
+    "embed_dim": 36,
+    "eva_depth": 1,
+    "eva_numheads": 2,
+    "patch_embed_size": [8, 8, 8],
+    "input_shape": [32, 32, 32],
+}
+
+
+@pytest.mark.parametrize(("network", "arguments"), [("SwinUNETR", SWIN), ("Primus", PRIMUS)])
+def test_encoders_of_transformers_are_shared_too(tmp_path, network, arguments):
+    use(tmp_path / "home")
+    plan = tiny_plan()
+    architecture = {
+        "network_class_name": f"pretrain.networks.{network}", "arch_kwargs": arguments, "_kw_requires_import": [],
+    }  # fmt: skip
+    plan["configurations"]["3d_fullres"] |= {"architecture": architecture, "patch_size": [32, 32, 32]}
+    own, _ = load_encoder(write_tiny_encoder(plan))
+    archive = export(901, encoder="voco", output=tmp_path / "e.zip")
+    came, _ = load_encoder(autoseg.import_(archive, root=tmp_path / "elsewhere"))
+    assert came.keys() == own.keys() and all(torch.equal(came[name], own[name]) for name in own)
+    weights = export(901, encoder="voco", format="nnunet", output=tmp_path / "w.pth")
+    state = torch.load(weights, weights_only=True)["network_weights"]
+    assert all(torch.equal(state[name], own[name]) for name in own) and len(state) > len(own)
+
+
 def test_case_ids_are_hashed_and_still_answer_whether_a_case_was_seen(home, encoder_zip):
     inside = entries(encoder_zip)
     assert not any(b"case_0" in content for content in inside.values())
