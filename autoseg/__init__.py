@@ -1,6 +1,6 @@
 """autoseg: self-configuring medical image segmentation with self-supervised pretraining.
 
-The Python API has the commands' names and options::
+The Python API has the commands' names and options (`import_` for `import`, which Python keeps for itself)::
 
     import autoseg
     autoseg.plan_and_preprocess(17)
@@ -18,11 +18,15 @@ from autoseg.commands import (
     convert_msd,
     demo,
     evaluate,
+    export,
+    import_,
     inspect_weights,
     methods,
     plan_and_preprocess,
     predict,
     pretrain,
+    pull,
+    push,
     train,
     verify,
 )
@@ -34,11 +38,15 @@ __all__ = [
     "convert_msd",
     "demo",
     "evaluate",
+    "export",
+    "import_",
     "inspect_weights",
     "methods",
     "plan_and_preprocess",
     "predict",
     "pretrain",
+    "pull",
+    "push",
     "train",
     "verify",
 ]

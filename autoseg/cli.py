@@ -36,6 +36,19 @@ Configuration = Annotated[
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, cpu or mps; default: what the machine has.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again instead of continuing or keeping.")]
+ModelFolder = Annotated[Path | None, typer.Option("-m", "--model", help="A model folder instead, stock nnU-Net's too.")]
+EncoderOption = Annotated[
+    str | None, typer.Option("--encoder", help="An encoder instead of a model: its name with -d, or a path.")
+]
+SharedDataset = Annotated[str | None, typer.Option("-d", "--dataset", help="Dataset whose model or encoder to share.")]
+SharedPlan = Annotated[str | None, typer.Option("-p", "--plan", help="Of this plan only.")]
+SharedConfiguration = Annotated[str | None, typer.Option("-c", "--configuration", help="Of this configuration only.")]
+SharedRun = Annotated[str | None, typer.Option("--run", help="Models of this run only; scratch: without encoder.")]
+SharedFolds = Annotated[str | None, typer.Option("-f", "--fold", help="Folds to share; default: all finished.")]
+NewHome = Annotated[
+    str | None, typer.Option("-d", "--dataset", help="Dataset to install for; default: the one it was made from.")
+]
+NewName = Annotated[str | None, typer.Option("--as", help="Another name for the run or encoder.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="One more setting, KEY=VALUE; may be repeated.")]
 ShowConfig = Annotated[
     bool, typer.Option("--show-config", help="Print every setting, its value and who decided it, and stop.")
@@ -151,7 +164,9 @@ def pretrain(
     preset: Annotated[str | None, typer.Option("--preset", help="cpu or default; default: by device.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps instead of the preset's.")] = None,
     stages: Annotated[str | None, typer.Option("--stages", help="Stages to run, e.g. 1,2; default: all.")] = None,
-    init: Annotated[Path | None, typer.Option("--init", help="Start from these weights.")] = None,
+    init: Annotated[
+        str | None, typer.Option("--init", help="Start from these weights: as --pretrained of train.")
+    ] = None,
     images: Annotated[Path | None, typer.Option("--images", help="A folder of more scans.")] = None,
     exclude_fold: Annotated[
         int | None, typer.Option("--exclude-fold", help="Leave out this fold's validation cases.")
@@ -281,9 +296,7 @@ def predict(
     inputs: Annotated[Path, typer.Option("-i", "--input", help="A folder of scans, or one scan.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the masks.")],
     dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Dataset whose model to use.")] = None,
-    model_folder: Annotated[
-        Path | None, typer.Option("-m", "--model", help="A model folder instead, stock nnU-Net's too.")
-    ] = None,
+    model_folder: ModelFolder = None,
     plan: Annotated[str | None, typer.Option("-p", "--plan", help="Models of this plan only.")] = None,
     configuration: Annotated[
         str | None, typer.Option("-c", "--configuration", help="Models of this configuration only.")
@@ -339,6 +352,109 @@ def evaluate(
 
     result = commands.evaluate(predictions, references, dataset, tolerance_mm=tolerance_mm, workers=workers, root=root)
     print_evaluation(result)
+
+
+@app.command("export")
+def export(
+    dataset: SharedDataset = None,
+    plan: SharedPlan = None,
+    configuration: SharedConfiguration = None,
+    run: SharedRun = None,
+    fold: SharedFolds = None,
+    model_folder: ModelFolder = None,
+    encoder: EncoderOption = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The file; default: named by what it is.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option("--format", help="autoseg, nnunet (stock nnU-Net reads it) or nnssl (encoders).")
+    ] = "autoseg",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    root: Root = None,
+    debug: Debug = False,
+) -> None:
+    """Write a trained model or an encoder into one file to share, without case names and paths."""
+    _begin(root)
+    from autoseg import commands
+
+    file = commands.export(
+        dataset,
+        plan=plan,
+        configuration=configuration,
+        run=run,
+        folds=None if fold is None else _folds(fold),
+        model_folder=model_folder,
+        encoder=encoder,
+        output=output,
+        format=format,
+        overwrite=overwrite,
+        root=root,
+    )
+    if format == "autoseg":
+        print(f"Next, where it is wanted: autoseg import {file}")
+
+
+@app.command("import")
+def import_(
+    archive: Annotated[Path, typer.Argument(help="The zip that `autoseg export` wrote.")],
+    dataset: NewHome = None,
+    name: NewName = None,
+    root: Root = None,
+    debug: Debug = False,
+) -> None:
+    """Install a shared model or encoder, after checking all of it. Nothing is overwritten."""
+    _begin(root)
+    from autoseg import commands
+
+    commands.import_(archive, dataset, name=name, root=root)
+
+
+@app.command("push")
+def push(
+    to: Annotated[str, typer.Argument(help="hf:OWNER/REPO on the Hugging Face Hub; made if it does not exist.")],
+    dataset: SharedDataset = None,
+    plan: SharedPlan = None,
+    configuration: SharedConfiguration = None,
+    run: SharedRun = None,
+    fold: SharedFolds = None,
+    model_folder: ModelFolder = None,
+    encoder: EncoderOption = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; default: private.")] = False,
+    root: Root = None,
+    debug: Debug = False,
+) -> None:
+    """Upload a trained model or an encoder to the Hugging Face Hub: the files of an export, nothing else."""
+    _begin(root)
+    from autoseg import commands
+
+    commands.push(
+        to,
+        dataset,
+        plan=plan,
+        configuration=configuration,
+        run=run,
+        folds=None if fold is None else _folds(fold),
+        model_folder=model_folder,
+        encoder=encoder,
+        public=public,
+        root=root,
+    )
+
+
+@app.command("pull")
+def pull(
+    source: Annotated[str, typer.Argument(help="hf:OWNER/REPO or hf:OWNER/REPO@REVISION.")],
+    dataset: NewHome = None,
+    name: NewName = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Commit, tag or branch; default: newest.")] = None,
+    root: Root = None,
+    debug: Debug = False,
+) -> None:
+    """Install a model or an encoder from the Hugging Face Hub, after checking all of it."""
+    _begin(root)
+    from autoseg import commands
+
+    commands.pull(source, dataset, name=name, revision=revision, root=root)
 
 
 @app.command("demo")

@@ -151,7 +151,7 @@ def pretrain(dataset: int | str, *, method: str, root: str | Path | None = None,
     entry(method)
     from pretrain.loop import pretrain as run
 
-    return run(dataset, method=method, **options)
+    return run(dataset, method=method, **{**options, "init": _local(options.get("init"))})
 
 
 def train(dataset: int | str, *, root: str | Path | None = None, **options: Any) -> list[Path]:
@@ -160,7 +160,7 @@ def train(dataset: int | str, *, root: str | Path | None = None, **options: Any)
     paths.resolve_dataset(dataset)
     from trainers.train import train as run
 
-    return run(dataset, **options)
+    return run(dataset, **{**options, "pretrained": _local(options.get("pretrained"))})
 
 
 def inspect_weights(
@@ -177,7 +177,7 @@ def inspect_weights(
     name = None if dataset is None else paths.resolve_dataset(dataset)
     from pretrain.importers.reading import read_weights
 
-    weights = read_weights(Path(source))
+    weights = read_weights(Path(_local(source) or source))
     if name is None:
         return weights, None
     from planners.dataset import load_dataset
@@ -226,6 +226,64 @@ def evaluate(
     return run(Path(predictions), Path(references), dataset, tolerance_mm=tolerance_mm, workers=workers)
 
 
+def export(
+    dataset: int | str | None = None,
+    *,
+    output: str | Path | None = None,
+    format: str = "autoseg",
+    overwrite: bool = False,
+    root: str | Path | None = None,
+    **choice: Any,
+) -> Path:
+    """Write a trained model or an encoder into one file to share; options as in `autoseg.share.export`."""
+    paths.configure(root)
+    from autoseg.share import export as run
+
+    return run(dataset, output=output, format=format, overwrite=overwrite, **choice)
+
+
+def import_(
+    archive: str | Path,
+    dataset: int | str | None = None,
+    *,
+    name: str | None = None,
+    root: str | Path | None = None,
+) -> Path:
+    """Install what `export` wrote, after checking all of it; options as in `autoseg.install.import_`.
+
+    The command is `autoseg import`; Python keeps that word for itself.
+    """
+    paths.configure(root)
+    from autoseg.install import import_ as run
+
+    return run(archive, dataset, name=name)
+
+
+def push(
+    to: str, dataset: int | str | None = None, *, public: bool = False, root: str | Path | None = None, **choice: Any
+) -> str:
+    """Upload a trained model or an encoder to the Hugging Face Hub; options as in `autoseg.hub.push`."""
+    paths.configure(root)
+    from autoseg.hub import push as run
+
+    return run(to, dataset, public=public, **choice)
+
+
+def pull(
+    source: str,
+    dataset: int | str | None = None,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    root: str | Path | None = None,
+) -> Path:
+    """Install a model or an encoder from the Hugging Face Hub; options as in `autoseg.hub.pull`."""
+    paths.configure(root)
+    from autoseg.hub import pull as run
+
+    return run(source, dataset, name=name, revision=revision)
+
+
 def demo(root: str | Path = "autoseg_demo") -> Path:
     """The main job on phantoms, offline: plan, pretrain, train, predict, evaluate. Returns the overlay picture."""
     from autoseg.demo import run_demo
@@ -238,6 +296,15 @@ def methods() -> tuple[str, ...]:
     from pretrain.catalog import METHODS
 
     return tuple(METHODS)
+
+
+def _local(weights: str | Path | None) -> str | Path | None:
+    """`hf:owner/repo` as the local path it was downloaded to; anything else as it is."""
+    if not str(weights).startswith("hf:"):
+        return weights
+    from autoseg.hub import fetch
+
+    return fetch(str(weights))
 
 
 def _triple(spacing: Sequence[float]) -> tuple[float, float, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from pretrain.transfer import distinct
 
 WEIGHTS_NAME = "encoder.safetensors"
 CARD_NAME = "encoder.json"
+_HIDDEN = "sha256:"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class EncoderCard:
     metrics: dict[str, dict[str, float | None]]
     """Held-out metrics: name to {"value", "chance"}."""
     cases: list[str]
-    """Cases whose voxels were used, as `dataset/case`."""
+    """Cases whose voxels were used, as `dataset/case`; `hidden_case` of them in an encoder that was shared."""
     held_out: list[str]
     """Cases used for the held-out metrics only."""
     excluded_fold: int | None
@@ -133,6 +136,24 @@ def load_encoder(folder_or_file: Path) -> tuple[dict[str, Tensor], EncoderCard]:
             remedy="pretrain again with a lower learning rate",
         )
     return tensors, card
+
+
+def hidden_case(case: str, weights_sha256: str) -> str:
+    """What a shared encoder says instead of `dataset/case`.
+
+    The salt is the hash of the encoder's weights file: equal exports have equal bytes, lists of two encoders cannot be
+    compared, and whoever has a case can still ask whether it was used. It follows that a guessed id can be tested too:
+    the hash hides ids, not the answer to a right guess.
+    """
+    if case.startswith(_HIDDEN):
+        return case
+    return _HIDDEN + hashlib.sha256(f"{weights_sha256}/{case}".encode()).hexdigest()[:16]
+
+
+def seen_cases(card: EncoderCard, weights_sha256: str, dataset_name: str, cases: Iterable[str]) -> list[str]:
+    """Those of a dataset's cases (names without the dataset) whose voxels pretraining used, ids hidden or not."""
+    used = {hidden_case(case, weights_sha256) for case in card.cases}
+    return [case for case in cases if hidden_case(f"{dataset_name}/{case}", weights_sha256) in used]
 
 
 def refuse_unfinished(card: EncoderCard, folder: Path) -> None:

@@ -14,7 +14,7 @@ from tests.tiny import DATASET, write_tiny_dataset
 
 COMMANDS = [
     [], ["convert"], ["convert", "msd"], ["convert", "folder"], ["verify"], ["plan_and_preprocess"], ["pretrain"],
-    ["train"], ["predict"], ["evaluate"], ["demo"], ["methods"],
+    ["train"], ["predict"], ["evaluate"], ["demo"], ["methods"], ["export"], ["import"], ["push"], ["pull"],
 ]  # fmt: skip
 HEAVY = ("torch", "numpy", "SimpleITK", "nnunetv2", "matplotlib", "scipy", "monai")
 REPOSITORY = Path(__file__).parents[1]
@@ -98,6 +98,8 @@ def test_the_data_root_is_always_printed(tmp_path):
         ),
         (["convert", "msd", "nowhere", "-d", "4"], "nowhere"),
         (["predict", "-i", "nowhere", "-o", "out", "-d", "901"], "nowhere"),
+        (["export"], "-d DATASET --encoder NAME"),
+        (["pull", "hf:voco"], "hf:owner/repo"),
         (["evaluate", "-i", "nowhere", "-r", "nowhere", "-d", "901"], "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -147,6 +149,10 @@ def test_api_has_the_commands_names():
         "evaluate",
         "demo",
         "methods",
+        "export",
+        "import_",
+        "push",
+        "pull",
     }
 
 
