@@ -78,6 +78,11 @@ class Job:
             *self.resolved.rows(),
         ]
 
+    @property
+    def architecture(self) -> dict:
+        """The plan's entry for the network."""
+        return plans.resolved(self.plan, self.configuration)["architecture"]
+
     def expected_transfer(self) -> TransferReport | None:
         """What will become of every tensor of the weights, found out on a network that is thrown away."""
         if self.fit is not None or self.source is None:
@@ -152,7 +157,12 @@ def train(
         preprocess_dataset(job.dataset_name, job.plan_name, [job.configuration])
     folders = [_train_fold(job, fold, overwrite, validation_only) for fold in job.folds]
     logger.info("Predict with it:   autoseg predict -i SCANS -o MASKS -d %s %s", _id(job), describe(job.folder))
-    logger.info("Without autoseg:   %s", stock_command(job.folder, job.folds, job.device.type))
+    ours = job.architecture["network_class_name"].startswith("pretrain.")
+    logger.info(
+        "%s %s",
+        "With nnU-Net, where autoseg is installed:" if ours else "Without autoseg:  ",
+        stock_command(job.folder, job.folds, job.device.type),
+    )
     return folders
 
 
@@ -333,8 +343,7 @@ def _say_what_will_happen(job: Job) -> None:
     )
     if job.resolved.origins["epochs"] == "rule":
         logger.info("No GPU: a short training by default (--set train.epochs, train.iterations change it)")
-    architecture = plans.resolved(job.plan, job.configuration)["architecture"]
-    network = architecture["network_class_name"].rpartition(".")[2]
+    network = job.architecture["network_class_name"].rpartition(".")[2]
     if network in TRANSFORMERS and "rule" in job.resolved.origins.values():
         logger.info("Optimiser and rate are those published for %s (--show-config lists them)", network)
     elif job.resolved.origins["optimizer"] == "rule":
