@@ -95,7 +95,7 @@ def test_voco_encoders_load_whole_in_every_wrapper(wrapper, use_v2, tmp_path):
 
 def test_voco_names_what_its_authors_trained_with(tmp_path):
     weights = read_weights(saved(tmp_path, layouts.voco_encoder(layouts.swin()), "VoCo_B_SSL_head.pt"))
-    assert weights.name == "VoCo-B-SSL-head"
+    assert (weights.name, weights.kind) == ("VoCo-B-SSL-head", "VoCo SwinUNETR encoder, feature size 12")
     assert (weights.patch_size, weights.spacing, weights.modality) == ((96, 96, 96), (1.5, 1.5, 1.5), "CT")
     assert [(scheme.name, scheme.window) for scheme in weights.intensity] == [("ct-abdomen", (-175.0, 250.0))]
     assert "public test images" in weights.warnings[0]
