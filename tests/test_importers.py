@@ -30,6 +30,11 @@ from tests.tiny import tiny_plan
 IMAGE = (64, 32, 32)
 
 
+@pytest.fixture(scope="module")
+def voco_state() -> layouts.State:
+    return layouts.voco_encoder(layouts.swin())
+
+
 def saved(tmp_path: Path, content: object, name: str = "weights.pt") -> Path:
     torch.save(content, tmp_path / name)
     return tmp_path / name
@@ -90,7 +95,7 @@ def test_voco_encoders_load_whole_in_every_wrapper(wrapper, use_v2, tmp_path):
 
 def test_voco_names_what_its_authors_trained_with(tmp_path):
     weights = read_weights(saved(tmp_path, layouts.voco_encoder(layouts.swin()), "VoCo_B_SSL_head.pt"))
-    assert weights.name == "VoCo-B-SSL-head"
+    assert (weights.name, weights.kind) == ("VoCo-B-SSL-head", "VoCo SwinUNETR encoder, feature size 12")
     assert (weights.patch_size, weights.spacing, weights.modality) == ((96, 96, 96), (1.5, 1.5, 1.5), "CT")
     assert [(scheme.name, scheme.window) for scheme in weights.intensity] == [("ct-abdomen", (-175.0, 250.0))]
     assert "public test images" in weights.warnings[0]
@@ -305,6 +310,20 @@ def test_primus_of_nnssl_loads_whole(prefix, tmp_path, monkeypatch):
         assert same(network.encoder(x), source.encoder(x))
 
 
+def test_tokens_that_nnssl_counts_along_y_first_are_turned_so_that_the_features_stay(tmp_path, monkeypatch):
+    monkeypatch.setitem(primus.SIZES, "PrimusS", PRIMUS)
+    content, source = primus_content("BaseEvaMAETrainer")
+    network, report = loaded(read_weights(saved(tmp_path, content)))
+    assert report.encoder_share == 1.0
+    x = image((32, 32, 32))
+    with torch.no_grad():
+        # as nnssl's EvaMAE computes it: "b c w h d -> b (h w d) c"
+        tokens, _ = source.eva(source.down_projection(x).permute(0, 3, 2, 4, 1).flatten(1, 3))
+        theirs = tokens.unflatten(1, (4, 4, 4)).permute(0, 4, 2, 1, 3)
+        assert torch.allclose(network.encoder(x)[0], theirs, atol=1e-5)
+        assert not torch.allclose(source.encoder(x)[0], theirs, atol=1e-2)
+
+
 @pytest.mark.parametrize("size", primus.SIZES)
 def test_the_sizes_of_primus_are_those_of_its_authors(size):
     with torch.device("meta"):
@@ -400,13 +419,12 @@ def test_own_encoders_are_recognised_by_folder_and_by_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.bin", "x.ckpt", "x.model", "x.safetensors", "no suffix"])
 @pytest.mark.parametrize("written", ["torch", "old torch", "safetensors"])
-def test_the_name_of_a_file_does_not_matter(name, written, tmp_path):
-    state = layouts.voco_encoder(layouts.swin())
+def test_the_name_of_a_file_does_not_matter(name, written, voco_state, tmp_path):
     path = tmp_path / name
     if written == "safetensors":
-        save_file({n: t.contiguous() for n, t in state.items()}, path)
+        save_file({n: t.contiguous() for n, t in voco_state.items()}, path)
     else:
-        torch.save(state, path, _use_new_zipfile_serialization=written == "torch")
+        torch.save(voco_state, path, _use_new_zipfile_serialization=written == "torch")
     assert read_weights(path).method == "voco"
 
 
@@ -501,13 +519,12 @@ def test_zip_files_that_are_not_torchs_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("written", ["torch", "old torch", "safetensors"])
-def test_a_truncated_file_is_named(written, tmp_path):
-    state = layouts.voco_encoder(layouts.swin())
+def test_a_truncated_file_is_named(written, voco_state, tmp_path):
     path = tmp_path / "weights.pt"
     if written == "safetensors":
-        save_file({n: t.contiguous() for n, t in state.items()}, path)
+        save_file({n: t.contiguous() for n, t in voco_state.items()}, path)
     else:
-        torch.save(state, path, _use_new_zipfile_serialization=written == "torch")
+        torch.save(voco_state, path, _use_new_zipfile_serialization=written == "torch")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(DatasetError, match=r"(?s)weights\.pt.*download it again"):
         read_weights(path)

@@ -48,10 +48,10 @@ def _swin(contents: Contents) -> Weights | None:
     warnings = [_LEAK]
     if contents.branch:
         warnings.append(f"The file is a training dump of two networks; the {contents.branch} is taken")
-    ten_thousand = contents.sha256 == _10K
     return Weights(
         name=contents.name,
-        kind="VoComni SwinUNETR" if omni else "VoCo SwinUNETR encoder" + (", VoCo_10k" if ten_thousand else ""),
+        kind=f"{'VoComni SwinUNETR' if omni else 'VoCo SwinUNETR encoder'}, feature size "
+        f"{architecture['arch_kwargs']['feature_size']}{' (VoCo_10k)' if contents.sha256 == _10K else ''}",
         method="vocomni" if omni else "voco",
         architecture=architecture,
         tensors=tensors,
