@@ -61,6 +61,7 @@ _NORMALIZATIONS = {
 _PATH_PART = re.compile(r"(?!.*__)[A-Za-z0-9][A-Za-z0-9_.-]*")  # nnU-Net splits folder names at `__`
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TRAINER = re.compile(r"(?!.*__)[A-Za-z][A-Za-z0-9_]*")
+_REMEDY = "ask whoever made it for a new export; nothing was installed"
 _ENDING = re.compile(r"(\.[A-Za-z0-9]+){1,2}")
 
 
@@ -188,6 +189,7 @@ def check_dataset_json(dataset_json: dict, where: object) -> None:
             where=where,
             found=f"channels {names}, background {labels.get('background')}, file_ending {ending!r}",
             expected="named channels, background 0, an ending such as .nii.gz",
+            remedy=_REMEDY,
         )
 
 
@@ -232,7 +234,7 @@ def read_tensors(path: Path, module: nn.Module, scope: str = "network") -> dict[
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise DatasetError("Not readable as safetensors", where=path, found=error) from error
+        raise DatasetError("Not readable as safetensors", where=path, found=error, remedy=_REMEDY) from error
     shortest = set(shared_names(module).values())
     expected = {name: tensor for name, tensor in module.state_dict().items() if name in shortest}
     missing = [name for name in expected if name not in tensors]
@@ -254,6 +256,7 @@ def read_tensors(path: Path, module: nn.Module, scope: str = "network") -> dict[
             "The weights are not those of the network that the plan describes",
             where=path,
             found="\n            ".join(problems[:8] + ([f"… and {len(problems) - 8} more"] if problems[8:] else [])),
+            remedy=_REMEDY,
         )
     return tensors
 

@@ -107,7 +107,7 @@ def pull(
     if address.file or (address.revision and revision):
         raise SettingsError("A pull takes a whole repository and one revision", found=source, expected="hf:owner/repo")
     with tempfile.TemporaryDirectory(prefix="autoseg-") as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary) / address.repo
         with _hub_errors(address):
             commit, _ = _listing(address, revision or address.revision, endpoint)
             _download_export(address.repo, commit, folder, endpoint)

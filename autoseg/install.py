@@ -38,9 +38,10 @@ def import_(path: str | Path, dataset: int | str | None = None, *, name: str | N
     """
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix="autoseg-") as temporary:
-        manifest = archive.unpack(path, Path(temporary))
+        folder = Path(temporary) / path.name  # messages name files by where they are unpacked
+        manifest = archive.unpack(path, folder)
         origin = {"archive": path.name, "sha256": archive.sha256_of(path)}
-        return install(Path(temporary), manifest, origin, dataset, name=name)
+        return install(folder, manifest, origin, dataset, name=name)
 
 
 def install(

@@ -343,3 +343,5 @@ def test_a_zip_written_twice_is_equal(tmp_path):
     write_zip(tmp_path / "in", tmp_path / "2.zip")
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
     assert list(entries(tmp_path / "1.zip")) == ["a.json", "b/two.json"]
+    with zipfile.ZipFile(tmp_path / "1.zip") as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
