@@ -24,6 +24,7 @@ from planners.paths import resolve_dataset
 from planners.preprocess import is_preprocessed, preprocess_dataset
 from planners.quiet import nnunet_quiet
 from planners.run_names import check_run_name
+from pretrain.checkpoint import seen_cases
 from pretrain.fit import Fit, fit, try_transfer
 from pretrain.networks.registry import check_architecture
 from pretrain.transfer import TransferReport
@@ -402,9 +403,8 @@ def _report_transfer(job: Job, source: Source, trainer: AutosegTrainer, fold: in
     write_json(job.folder / "transfer.json", {"source": source.identity(), **report.to_json()})
     if fold == "all" or source.weights.card is None:
         return
-    seen = set(source.weights.card.cases)
     held_out = plans.folds(job.dataset_name)[int(fold)]["val"]
-    known = [case for case in held_out if case in seen or f"{job.dataset_name}/{case}" in seen]
+    known = seen_cases(source.weights.card, source.weights.sha256, job.dataset_name, held_out)
     if known:
         logger.warning(
             "The encoder has seen %d of the %d validation cases of fold %s (without labels); for a clean comparison "
