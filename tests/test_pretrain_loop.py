@@ -276,7 +276,7 @@ def test_a_run_can_start_from_an_encoder(home: Path) -> None:
     a, b = load_encoder(first)[0], load_encoder(second)[0]
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
     assert not same_encoders(first, voco(steps=1, run="new", settings={"voco.learning_rate": 1e-12}))
-    with pytest.raises(DatasetError, match="Not an encoder"):
+    with pytest.raises(DatasetError, match="No such file or folder of weights"):
         voco(init="missing", run="no")
 
 
