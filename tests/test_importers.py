@@ -564,3 +564,10 @@ def test_folders_with_nothing_known_with_several_files_and_missing_paths_are_nam
     saved(tmp_path, {}, "b.pt")
     with pytest.raises(DatasetError, match=r"a\.pt, b\.pt"):
         read_weights(tmp_path)
+
+
+def test_the_options_of_a_training_script_beside_the_weights_are_no_danger(tmp_path):
+    content = {"state_dict": layouts.voco_encoder(layouts.swin()), "args": Namespace(lr=1e-4, logdir="runs/1")}
+    weights = read_weights(saved(tmp_path, content))
+    assert weights.method == "voco"
+    assert "runs/1" not in str(weights.warnings)
