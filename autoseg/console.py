@@ -122,9 +122,10 @@ def print_fit(fitted: Fit, *, every_tensor: bool = True) -> None:
 
 
 def print_transfer(report: TransferReport, *, every_tensor: bool = True) -> None:
-    """What becomes of the tensors, those not simply loaded first; then the sum."""
+    """What becomes of the tensors, those not simply loaded first; then the sum. Without `every_tensor` those that are
+    loaded as they are are left out, and neighbours that share a fate are one row."""
     console = wide_console()
-    rows = [row for row in report.rows() if every_tensor or row[1] != "loaded"]
+    rows = report.rows() if every_tensor else _neighbours([row for row in report.rows() if row[1] != "loaded"])
     if rows:
         table = Table("tensor", "", "why")
         for name, status, why in rows:
@@ -165,6 +166,17 @@ def _network_text(weights: Weights) -> str:
     }
     told = [f"{text} {_dashed(arguments[key])}" for key, text in sizes.items() if key in arguments]
     return ", ".join([name, f"{weights.spatial_dims}D", *told])
+
+
+def _neighbours(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Rows (tensor, status, why) with those of one module, status and reason put together: `stages.5… (48)`."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name, status, why in rows:
+        groups.setdefault((".".join(name.split(".")[:2]), status, why), []).append(name)
+    return [
+        (names[0] if len(names) == 1 else f"{module}… ({len(names)} tensors)", status, why)
+        for (module, status, why), names in groups.items()
+    ]
 
 
 def _dashed(value: object) -> str:

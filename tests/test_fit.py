@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from autoseg.console import print_transfer
 from planners import paths
 from planners.dataset import load_dataset
 from planners.errors import PretrainedMismatch, SettingsError
@@ -18,7 +19,7 @@ from pretrain.encoders import encoder_of
 from pretrain.fit import fit
 from pretrain.importers.weights import Weights
 from pretrain.networks.registry import build_network
-from pretrain.transfer import distinct
+from pretrain.transfer import TransferReport, distinct
 from tests.tiny import DATASET, SPACING_MM, write_tiny_dataset
 from trainers.train import prepare, train
 
@@ -204,3 +205,16 @@ def test_a_run_from_a_file_continues_only_with_the_same_file(planned, tmp_path):
             assert prepare(901, pretrained=file, run="from-file", device="cpu").resolved.settings.epochs == 1
     with pytest.raises(SettingsError, match=r"begun with other options[\s\S]*--pretrained one"):
         prepare(901, pretrained=file, run="from-file", device="cpu")
+
+
+def test_inspecting_puts_neighbours_of_one_fate_together(capsys):
+    names = [f"stages.5.blocks.{i}.conv.weight" for i in range(3)]
+    report = TransferReport(0.5, ("stem.conv",), (("stages.0.conv", "summed"),), (), (*names, "projector"))
+    print_transfer(report, every_tensor=False)
+    shown = capsys.readouterr().out
+    assert "stages.5… (3 tensors)" in shown
+    assert "projector" in shown
+    assert "stem.conv" not in shown
+    print_transfer(report)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("stem.conv", *names))
