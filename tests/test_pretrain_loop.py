@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from planners import paths
 from planners.errors import AutosegError, DatasetError, PlanError, PretrainedMismatch, SettingsError
 from planners.locks import sole_lock
 from planners.plans import folds
@@ -23,6 +24,7 @@ from pretrain.checkpoint import load_encoder
 from pretrain.encoders import build_segmentation_network, encoder_of
 from pretrain.loop import pretrain
 from pretrain.method import Batch, Export, Step, Terms
+from pretrain.networks import SwinUNETR
 from pretrain.transfer import transfer
 from tests.stubs import PLAN, Stub, copy_home, make_home, run_stub, use_method
 from tests.tiny import DATASET, dataset_json, tiny_plan
@@ -278,6 +280,28 @@ def test_a_run_can_start_from_an_encoder(home: Path) -> None:
     assert not same_encoders(first, voco(steps=1, run="new", settings={"voco.learning_rate": 1e-12}))
     with pytest.raises(DatasetError, match="No such file or folder of weights"):
         voco(init="missing", run="no")
+
+
+def test_a_run_can_start_from_weights_of_others(home: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    theirs = build_segmentation_network(tiny_plan(), "3d_fullres", dataset_json())
+    file = tmp_path / "published.pth"
+    torch.save({"network_weights": theirs.state_dict()}, file)
+    folder = voco(steps=1, init=file, settings={"voco.learning_rate": 1e-12})
+    tensors, card = load_encoder(folder)
+    state = encoder_of(theirs).state_dict()
+    assert all(torch.allclose(tensor, state[name], atol=1e-6) for name, tensor in tensors.items())
+    assert "published" not in card.licence
+    assert str(tmp_path) not in json.dumps(card.to_json())
+
+
+def test_weights_of_another_network_decide_the_configuration(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "swin.pt"
+    torch.save(SwinUNETR(1, 3, feature_size=12).encoder.state_dict(), file)
+    before = (paths.preprocessed(DATASET) / f"{PLAN}.json").read_text()
+    folder = voco(init=file, show_config=True)
+    assert folder.parent.name == f"{PLAN}__3d_fullres_swin_12"
+    assert (paths.preprocessed(DATASET) / f"{PLAN}.json").read_text() == before
 
 
 def test_a_pretrained_encoder_waits_until_the_heads_are_warm(home: Path) -> None:
