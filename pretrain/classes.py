@@ -37,8 +37,8 @@ def still_guessing(recent: Mapping[str, float], step: Step, classes: int, advice
     if recent["loss"] < _STALLED * plateau or recent["acc"] > _NO_SKILL / classes:
         return None
     return (
-        f"No better than guessing yet: loss {recent['loss']:.3f} (guessing {plateau:.3f}), right {recent['acc']:.3f} "
-        f"(chance {1 / classes:.3f}). {advice}"
+        f"The answers are no better than guessing yet: loss {recent['loss']:.3f} (guessing {plateau:.3f}), "
+        f"right {recent['acc']:.3f} (chance {1 / classes:.3f}). {advice}"
     )
 
 

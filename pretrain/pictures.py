@@ -68,5 +68,7 @@ def show_places(axis: Any, shares: np.ndarray, grid: tuple[int, ...], truth: int
         if number == truth:
             axis.add_patch(Rectangle((x - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=TRUTH, lw=2.5, zorder=3))
     axis.imshow(canvas, cmap="Blues", vmin=0, vmax=max(0.2, float(np.nanmax(canvas))))
+    axis.set_xlim(-0.6, canvas.shape[1] - 0.4)  # room for the frames
+    axis.set_ylim(rows - 0.4, -0.6)
     axis.set_axis_off()
     axis.set_title(title, fontsize=9)

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from planners.decisions import times
 from planners.errors import PlanError
 from pretrain.crops import is_air, resize, window_start
-from pretrain.heads import last_stage
 from pretrain.method import Target
 from pretrain.volumes import CaseInfo, Plane, Volume
 
@@ -67,6 +66,10 @@ class TileGrid:
     def zoom(self) -> float:
         """Largest enlargement of an axis."""
         return max(s / n for s, n in zip(self.size, self.native, strict=True))
+
+    def __str__(self) -> str:
+        enlarged = f"enlarged at most {self.zoom:.2f}-fold to {times(self.size)}"
+        return f"{times(self.grid)} tiles of {times(self.native)} voxels, {enlarged}"
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a scan of `shape` voxels (its last axes count) holds all tiles."""
@@ -163,6 +166,11 @@ class BatchSize:
     at_once: int
     """Tiles that go through the encoder together; beyond that, memory is saved by computing twice."""
 
+    def __str__(self) -> str:
+        return f"{self.volumes} volumes a batch" + (
+            f", {self.accumulate} batches a step" if self.accumulate > 1 else ""
+        )
+
 
 def batch_size(target: Target, grid: TileGrid, encoded: int, volumes: int | None, least: int = 1) -> BatchSize:
     """As many voxels as the plan's segmentation batch leaves room for, and at least four grids for an optimiser step.
@@ -234,14 +242,26 @@ def finish_tiles(
     return views
 
 
-def encode_tiles(encoder: nn.Module, tiles: Tensor, at_once: int) -> Tensor:
-    """Mean of the last stage of each tile: (volumes, tiles, channels, *size) → (volumes, tiles, F).
+def tile_features(encoder: Any, grid: TileGrid) -> int:
+    """Numbers that `encode_tiles` gives for a tile: channels times voxels of the encoder's last stage."""
+    stride = np.prod(np.array(encoder.strides), axis=0)
+    return int(encoder.output_channels[-1]) * math.prod(s // int(r) for s, r in zip(grid.size, stride, strict=True))
 
-    More than `at_once` tiles go through the encoder in parts, which are computed again for the gradient.
+
+def encode_tiles(encoder: nn.Module, tiles: Tensor, at_once: int) -> Tensor:
+    """The last stage of each tile, flat and in float32: (volumes, tiles, channels, *size) → (volumes, tiles, features).
+
+    Not its mean over space: behind an instance norm means are nearly the same for all tiles, and where in the tile something
+    lies belongs to the answer. More than `at_once` tiles go through the encoder in parts, which are computed again for the
+    gradient.
     """
     flat = tiles.flatten(0, 1)
     if len(flat) <= at_once or not torch.is_grad_enabled():
-        parts = [last_stage(encoder, part) for part in flat.split(at_once)]
+        parts = [_last_map(encoder, part) for part in flat.split(at_once)]
     else:
-        parts = [checkpoint(last_stage, encoder, part, use_reentrant=False) for part in flat.split(at_once)]
+        parts = [checkpoint(_last_map, encoder, part, use_reentrant=False) for part in flat.split(at_once)]
     return torch.cat(parts).unflatten(0, tiles.shape[:2])
+
+
+def _last_map(encoder: nn.Module, images: Tensor) -> Tensor:
+    return encoder(images)[-1].float().flatten(1)

@@ -23,6 +23,7 @@ from pretrain.tiles import (
     encode_tiles,
     finish_tiles,
     scan_or_slice,
+    tile_features,
     typical_shape,
 )
 from tests.test_voco import Array
@@ -276,7 +277,8 @@ def test_encoding_in_parts_gives_the_same_vectors_and_gradients() -> None:
         vectors.square().sum().backward()
         results.append((vectors.detach(), [p.grad.clone() for p in encoder.parameters()]))
     (whole, whole_gradients), (parts, parts_gradients) = results
-    assert whole.shape == (2, 5, 32)
+    assert whole.shape == (2, 5, 32 * 2 * 2 * 2)
+    assert tile_features(encoder, TileGrid((1, 1, 5), (4, 8, 8), (4, 8, 8), (4, 8, 8))) == 32 * 2 * 2 * 2
     assert torch.allclose(whole, parts, atol=1e-6)
     for a, b in zip(whole_gradients, parts_gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-4)

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from planners.anisotropy import degree_of_anisotropy
-from planners.decisions import times
 from pretrain import distributed
 from pretrain.classes import still_guessing
 from pretrain.crops import best_of
@@ -44,6 +43,7 @@ from pretrain.tiles import (
     encode_tiles,
     finish_tiles,
     scan_or_slice,
+    tile_features,
     typical_shape,
 )
 from pretrain.volumes import CaseInfo, Volume
@@ -127,18 +127,12 @@ class CPC(PretrainMethod):
         check_pool(grid, pool)
         spec = CPCSpec(grid, batch_size(target, grid, grid.tiles, config.volumes, least=_LEAST_VOLUMES), row_axis)
         logger.info(
-            "CPC: %d rows along %s of %s tiles of %s voxels, enlarged %.2f-fold to %s; %d rows tell what lies in the %d below; "
-            "%d volumes, %d batches a step",
+            "CPC reads %d of %d rows along %s and tells the rest, in a grid of %s; %s",
+            spec.known,
             spec.rows,
             "zyx"[row_axis - dims],
-            times(spec.columns),
-            times(grid.native),
-            grid.zoom,
-            times(grid.size),
-            spec.known,
-            spec.rows - spec.known,
-            spec.batch.volumes,
-            spec.batch.accumulate,
+            grid,
+            spec.batch,
         )
         return spec
 
@@ -168,7 +162,7 @@ class CPC(PretrainMethod):
         super().__init__()
         self.config, self.spec = config, spec
         self.encoder = encoder_of(network)
-        self.embedding = nn.Linear(self.encoder.output_channels[-1], config.embedding)
+        self.embedding = nn.Linear(tile_features(self.encoder, spec.grid), config.embedding)
         self.reader = nn.GRU(config.embedding, config.context, batch_first=True)
         below = range(spec.rows - spec.known)
         self.predictors = nn.ModuleList([nn.Linear(config.context, config.embedding) for _ in below])

@@ -46,6 +46,7 @@ from pretrain.tiles import (
     encode_tiles,
     finish_tiles,
     scan_or_slice,
+    tile_features,
     typical_shape,
 )
 from pretrain.volumes import CaseInfo, Volume
@@ -124,18 +125,12 @@ class Jigsaw(PretrainMethod):
         _check_permutations(grid, count, config.choice)
         spec = JigsawSpec(grid, batch_size(target, grid, grid.tiles, config.volumes), count, config.puzzles)
         logger.info(
-            "Jigsaw: %d orders (chance %.3f) of %d tiles (%s) of %s voxels, enlarged %.2f-fold to %s; %d puzzles from each of "
-            "%d volumes, %d batches a step",
+            "The jigsaw has %d orders (chance %.3f) of %s; %d puzzles from each region; %s",
             count,
             1 / count,
-            grid.tiles,
-            times(grid.grid),
-            times(grid.native),
-            grid.zoom,
-            times(grid.size),
+            grid,
             config.puzzles,
-            spec.batch.volumes,
-            spec.batch.accumulate,
+            spec.batch,
         )
         return spec
 
@@ -173,7 +168,7 @@ class Jigsaw(PretrainMethod):
         super().__init__()
         self.config, self.spec = config, spec
         self.encoder = encoder_of(network)
-        self.embedding = nn.Linear(self.encoder.output_channels[-1], config.embedding)
+        self.embedding = nn.Linear(tile_features(self.encoder, spec.grid), config.embedding)
         self.head = classifier(spec.grid.tiles * config.embedding, config.hidden, spec.permutations, config.dropout)
         # A buffer: a run that goes on has the orders it began with.
         chosen = choose_permutations(spec.grid.tiles, spec.permutations, config.choice)

@@ -4,8 +4,8 @@ Taleb et al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, ar
 after Doersch, Gupta, Efros, "Unsupervised Visual Representation Learning by Context Prediction", ICCV 2015,
 arXiv:1505.05192. Consulted: HealthML/self-supervised-3d-tasks (GPL-3.0), for what it does, not its code.
 
-Differs from the authors' code on purpose: one encoder and one linear layer for both tiles after a mean over space, so that
-the order of the two vectors carries the direction; several neighbours of one centre; wider gaps; tiles of air are not asked
+Differs from the authors' code on purpose: one linear layer for both tiles, so that the order of the two vectors carries the
+direction; several neighbours of one centre; wider gaps; tiles of air are not asked
 for; each tile is standardised; the grid follows the plan, so anisotropic and 2D data work.
 """
 
@@ -21,7 +21,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from planners.decisions import times
 from pretrain.classes import class_loss, probabilities, still_guessing
 from pretrain.crops import best_of
 from pretrain.encoders import encoder_of
@@ -38,6 +37,7 @@ from pretrain.tiles import (
     encode_tiles,
     finish_tiles,
     scan_or_slice,
+    tile_features,
     typical_shape,
 )
 from pretrain.volumes import CaseInfo, Volume
@@ -107,17 +107,12 @@ class RPL(PretrainMethod):
         check_pool(grid, pool)
         spec = RPLSpec(grid, batch_size(target, grid, 1 + config.neighbours, config.volumes), config.neighbours)
         logger.info(
-            "RPL: %d neighbours of a tile (chance %.3f) in a grid of %s; tiles of %s voxels, enlarged %.2f-fold to %s; %d of "
-            "them from each of %d volumes, %d batches a step",
+            "RPL asks which of %d neighbours (chance %.3f) %d tiles are, in a grid of %s; %s",
             spec.classes,
             1 / spec.classes,
-            times(grid.grid),
-            times(grid.native),
-            grid.zoom,
-            times(grid.size),
             config.neighbours,
-            spec.batch.volumes,
-            spec.batch.accumulate,
+            grid,
+            spec.batch,
         )
         return spec
 
@@ -147,7 +142,7 @@ class RPL(PretrainMethod):
         super().__init__()
         self.config, self.spec = config, spec
         self.encoder = encoder_of(network)
-        self.embedding = nn.Linear(self.encoder.output_channels[-1], config.embedding)
+        self.embedding = nn.Linear(tile_features(self.encoder, spec.grid), config.embedding)
         self.head = classifier(2 * config.embedding, config.hidden, spec.classes, config.dropout)
 
     def stages(self) -> Sequence[Stage]:
