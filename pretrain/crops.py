@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from pretrain.volumes import Plane, Volume
+from pretrain.volumes import CaseInfo, Plane, Volume
 
 T = TypeVar("T")
 _MODES = {2: "bilinear", 3: "trilinear"}
+_AIR_LEVEL = 0.02  # of the scan's range of intensities, around its lowest
+_AIR_SHARE = 0.9
+_FLAT = 0.05  # of the scan's standard deviation
 
 
 def read_window(
@@ -42,6 +45,29 @@ def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
         return image
     tensor = torch.from_numpy(np.ascontiguousarray(image))[None]
     return interpolate(tensor, size=tuple(size), mode=_MODES[len(size)], align_corners=False)[0].numpy()
+
+
+def is_air(crop: np.ndarray, info: CaseInfo) -> bool:
+    """Whether a crop (channels, *space) shows next to nothing: nearly all of it at the scan's lowest level, or flat."""
+    mean = crop.mean(0)
+    low, high = info.intensity_range
+    at_low = np.abs(mean - low) <= _AIR_LEVEL * (high - low)
+    return bool(at_low.mean() > _AIR_SHARE or mean.std() <= _FLAT * info.intensity_std)
+
+
+def window_start(
+    shape: Sequence[int], size: Sequence[int], box: Sequence[tuple[int, int]], rng: np.random.Generator
+) -> list[int]:
+    """A random start of a window of `size` in a scan of `shape`: inside `box` (the foreground) where it fits, else around it;
+    a scan that is smaller is put in the middle."""
+    start = []
+    for n, w, (low, high) in zip(shape, size, box, strict=True):
+        if n <= w:
+            start.append(-((w - n) // 2))
+            continue
+        first, last = sorted((low, high - w))
+        start.append(int(rng.integers(max(0, first), min(n - w, last) + 1)))
+    return start
 
 
 def best_of(tries: int, make: Callable[[], tuple[T, float]], enough: float) -> tuple[T, float]:

@@ -14,6 +14,21 @@ def pooled_stages(encoder: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([skip.float().flatten(2).mean(2) for skip in encoder(images)], dim=1)
 
 
+def last_stage(encoder: nn.Module, images: Tensor) -> Tensor:
+    """The mean over space of the output of the last encoder stage, in float32: (N, channels, *space) → (N, F).
+
+    A task that must be solved from it goes through the whole encoder; with the finer stages it could stop halfway.
+    """
+    return encoder(images)[-1].float().flatten(2).mean(2)
+
+
+def classifier(features: int, hidden: int, outputs: int, dropout: float = 0.0) -> nn.Sequential:
+    """One hidden layer: (N, features) → (N, outputs). Without batch statistics, because batches of volumes are small."""
+    return nn.Sequential(
+        nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(hidden, outputs)
+    )
+
+
 def projector(features: int, hidden: int) -> nn.Sequential:
     """Three linear layers of width `hidden` with batch statistics between them: (N, features) → (N, hidden).
 

@@ -26,7 +26,7 @@ from planners.preprocess import preprocess_dataset, preprocess_unlabelled
 
 logger = logging.getLogger("autoseg")
 
-_SCHEMA = 1
+_SCHEMA = 2
 _OPEN_FILES = 32
 _MEASURED_VOXELS = 2**21
 _SLAB = 32  # slices read at a time while measuring
@@ -51,6 +51,10 @@ class CaseInfo:
     """First and one past the last voxel on each axis."""
     foreground_threshold: float
     """The mean over channels lies above it in the foreground (Otsu)."""
+    intensity_range: tuple[float, float]
+    """1st and 99th percentile of the mean over channels: where a scan shows air, the first is air."""
+    intensity_std: float
+    """Standard deviation of the mean over channels."""
 
 
 class Volume:
@@ -269,6 +273,8 @@ def measure_case(folder: Path, name: str, transpose_forward: Sequence[int]) -> d
         "original_spacing": [float(properties["spacing"][axis]) for axis in transpose_forward],
         "box": box,
         "threshold": threshold,
+        "range": [float(v) for v in np.quantile(kept, [0.01, 0.99])],
+        "std": float(kept.std()),
     }
 
 
@@ -298,4 +304,6 @@ def _case_info(source: str, name: str, entry: dict, target_spacing: Sequence[flo
         channels=entry["channels"],
         foreground_box=tuple((first, last) for first, last in entry["box"]),
         foreground_threshold=entry["threshold"],
+        intensity_range=tuple(entry["range"]),
+        intensity_std=entry["std"],
     )

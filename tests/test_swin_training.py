@@ -87,7 +87,9 @@ def test_vocos_crops_are_64_voxels_or_it_warns(budget, crop, warned, caplog):
     plan = with_configuration(plan, NAME)
     target = Target(plan, NAME, encoder_info(plan, NAME, dataset_json()))
     shape = tuple(int(n) for n in median)
-    case = CaseInfo("case", "memory", shape, (1.0,) * 3, (1.0,) * 3, 1, tuple((0, n) for n in shape), 0.0)
+    case = CaseInfo(
+        "case", "memory", shape, (1.0,) * 3, (1.0,) * 3, 1, tuple((0, n) for n in shape), 0.0, (0.0, 1.0), 1.0
+    )
     caplog.set_level(logging.WARNING, "autoseg")
     assert VoCo.plan(target, [case], VoCoConfig()).layout.crop == crop
     assert ("deepest map" in caplog.text) == warned
@@ -101,7 +103,7 @@ def test_voco_can_pretrain_swin_but_not_primus():
 def test_vocos_first_version_averages_a_second_swin_encoder():
     plan = with_configuration(swin_plan((1.0, 1.0, 1.0), (128.0, 140.0, 150.0)), NAME)
     target = Target(plan, NAME, encoder_info(plan, NAME, dataset_json()))
-    case = CaseInfo("case", "memory", (128,) * 3, (1.0,) * 3, (1.0,) * 3, 1, ((0, 128),) * 3, 0.0)
+    case = CaseInfo("case", "memory", (128,) * 3, (1.0,) * 3, (1.0,) * 3, 1, ((0, 128),) * 3, 0.0, (0.0, 1.0), 1.0)
     config = VoCoConfig(variant="v1", hidden=16, export_teacher=True)
     network = build_segmentation_network(plan, NAME, dataset_json())
     method = VoCo(network, VoCo.plan(target, [case], config), config)

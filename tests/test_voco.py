@@ -40,7 +40,11 @@ class Array:
         shape = voxels.shape[1:]
         box = tuple((0, n) for n in shape)
         self.voxels = voxels.astype(np.float32)
-        self.info = CaseInfo(name, "memory", shape, (1.0,) * len(shape), (1.0,) * len(shape), len(voxels), box, -1e9)
+        mean, ones = voxels.mean(0), (1.0,) * len(shape)
+        levels = (float(np.quantile(mean, 0.01)), float(np.quantile(mean, 0.99)))
+        self.info = CaseInfo(
+            name, "memory", shape, ones, ones, len(voxels), box, -1e9, intensity_range=levels, intensity_std=mean.std()
+        )
 
     def read(self, start: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
         return self.voxels[(slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planners.errors import PlanError
-from pretrain.crops import best_of
+from pretrain.crops import best_of, window_start
 
 _MIN_BOTTLENECK = 4  # voxels of the deepest map; instance norm needs 2, and 2 carry nothing but a sign
 _MIN_BASES = 4
@@ -139,14 +139,7 @@ def place_window(
         min(round(zoom * r), max(n, r)) if g > 1 else r
         for n, r, g in zip(shape, layout.region, layout.grid, strict=True)
     ]
-    start = []
-    for n, w, (low, high) in zip(shape, size, foreground_box, strict=True):
-        if n <= w:
-            start.append(-((w - n) // 2))
-            continue
-        first, last = sorted((low, high - w))
-        start.append(int(rng.integers(max(0, first), min(n - w, last) + 1)))
-    return start, size
+    return window_start(shape, size, foreground_box, rng), size
 
 
 def typical_labels(layout: Layout) -> np.ndarray:
