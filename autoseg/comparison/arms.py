@@ -40,8 +40,8 @@ class Arm:
 
 
 def parse_arms(text: str, usual_configuration: str) -> list[Arm]:
-    """The arms that `text` names, in its order, each once; scratch of every configuration among them is always there, first
-    where it was not named, because it is what the others are compared with.
+    """The arms that `text` names, in its order, each once; scratch of every configuration among them is always there, before
+    its first arm where it was not named, because it is what the others are compared with.
 
     Raises SettingsError for an unknown method, a text that cannot be read, and two arms that would share their folders.
     """
@@ -49,11 +49,11 @@ def parse_arms(text: str, usual_configuration: str) -> list[Arm]:
     for part in _split(text):
         arm = _parse(part, usual_configuration)
         arms[arm.name] = arm
-    missing = []
-    for configuration in dict.fromkeys(arm.configuration for arm in arms.values()):
-        if not any(arm.is_scratch and arm.configuration == configuration for arm in arms.values()):
-            missing.append(_arm(SCRATCH, (), configuration, usual_configuration))
-    all_arms = [*missing, *arms.values()]
+    all_arms: list[Arm] = []
+    for arm in arms.values():
+        if not any(one.is_scratch and one.configuration == arm.configuration for one in (*all_arms, *arms.values())):
+            all_arms.append(_arm(SCRATCH, (), arm.configuration, usual_configuration))
+        all_arms.append(arm)
     places: dict[tuple[str, str], str] = {}
     for arm in all_arms:
         other = places.setdefault((arm.slug.lower(), arm.configuration), arm.name)

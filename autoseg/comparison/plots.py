@@ -79,7 +79,7 @@ def draw_learning_curves(outcomes: Sequence[Outcome], arms: Sequence[Arm]) -> Fi
                 )
             if name.startswith("scratch"):
                 axis.axhline(SHARE_OF_SCRATCH * mean[-1], color="0.6", linewidth=1, linestyle=styles[name]["linestyle"])
-        axis.set(title=f"{percent(fraction)} of the labels", xlabel="epoch", ylim=(0, 1))
+        axis.set(title=f"{percent(fraction)} of the labels", xlabel="epoch", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(axis="y", color="0.9")
     axes[0].set_ylabel("Dice of validation patches")

@@ -13,7 +13,7 @@ from autoseg.comparison.board import percent
 from autoseg.comparison.design import Design
 from autoseg.comparison.outcomes import Outcome, write_csv
 from autoseg.comparison.plots import draw_dice_over_labels, draw_learning_curves
-from autoseg.comparison.statistics import LEAST_CASES, ROUNDS, Estimate, Line, median_epochs
+from autoseg.comparison.statistics import COVERAGE, LEAST_CASES, ROUNDS, Estimate, Line, median_epochs
 from planners.files import replacing, write_json
 from planners.progress import duration
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 HEADINGS = (
-    "labels", "arm", "Dice", "difference to scratch", "95 % interval", "", "epochs to 90 %", "pretraining", "training",
+    "labels", "arm", "Dice", "to scratch", "95 % interval", "finding", "epochs to 90 %", "pretraining", "training",
 )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def print_comparison(folder: Path, lines: Sequence[Line], failures: Mapping[str,
 
     table = Table(title="Mean Dice of held-out cases", title_justify="left")
     for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if index in (0, 1, 5) else "right")
+        table.add_column(heading, justify="left" if index in (0, 1, 5) else "right", overflow="fold")
     fraction = None
     for line in lines:
         if fraction not in (None, line.fraction):
@@ -87,7 +87,9 @@ def row(line: Line) -> list[str]:
 def what_to_know(design: Design, outcomes: Sequence[Outcome], lines: Sequence[Line]) -> list[str]:
     """What limits the conclusions of this comparison, each in a sentence or two."""
     notes = []
-    seeds, cases = len(design.seeds), max((line.cases for line in lines), default=0)
+    differences = [line for line in lines if line.difference is not None]
+    seeds = min((line.pair_seeds for line in differences), default=0)
+    cases = min((line.pairs for line in differences), default=0)
     if seeds == 1:
         notes.append(
             "One seed: the intervals say how the difference varies over cases. How another training of the same arm would "
@@ -102,11 +104,10 @@ def what_to_know(design: Design, outcomes: Sequence[Outcome], lines: Sequence[Li
             f"{cases} validation cases: below {LEAST_CASES} nothing is called better or worse, because all differences "
             "have the same sign too often by chance. More --folds give more cases."
         )
-    compared = sum(line.difference is not None for line in lines)
-    if compared > 1:
+    if len(differences) > 1:
         notes.append(
-            f"{compared} differences are listed, each with its own 95 % interval: about one in twenty would leave 0 out "
-            "even if no pretraining did anything."
+            f"{len(differences)} differences are listed, each with its own 95 % interval: about one in twenty would "
+            "leave 0 out even if no pretraining did anything, and all share the luck of one scratch."
         )
     if len(design.folds) > 1:
         notes.append(
@@ -139,13 +140,13 @@ def _markdown(design: Design, lines: Sequence[Line], failures: Mapping[str, str]
     text += [
         "- Dice: mean over validation cases (and seeds) of the mean over a case's structures. A missed or an invented "
         "structure counts 0; one that is in neither mask does not count.",
-        "- Difference: arm minus scratch of the same configuration, paired: same fold, seed, training cases and validation "
+        "- To scratch: difference, arm minus scratch of the same configuration, paired: same fold, seed, training cases and validation "
         "case.",
         f"- 95 % interval: percentile bootstrap, {ROUNDS:,} rounds with a fixed seed; in each, seeds and cases are drawn "
         "with replacement, independently of each other, and the differences of the drawn seeds × cases are averaged.",
         '- "No difference shown": the interval holds 0. That is not proof that there is none.',
         "- Epochs to 90 %: first epoch whose Dice of validation patches is at least 90 % of what scratch ends with at the "
-        "same fold, seed and labels; median, and how many trainings got there.",
+        'same fold, seed and labels; median ("never" where most did not), and how many trainings got there.',
         "- Pretraining and training: mean time of one run as it was, other work on the machine included.",
         *(f"- {note}" for note in notes),
     ]
@@ -189,7 +190,7 @@ def _epochs(line: Line) -> str:
         return ""
     reached = sum(epoch is not None for epoch in line.epochs)
     middle = median_epochs(line.epochs)
-    return f"{'not reached' if middle is None else f'{middle:g}'} ({reached} of {len(line.epochs)})"
+    return f"{'never' if middle is None else f'{middle:g}'} ({reached} of {len(line.epochs)})"
 
 
 def _summary(

@@ -102,8 +102,11 @@ def compare(
         try:
             with Board(design).shown(design.folder / "log.txt") as board:
                 _do_all(design, board, failures, workers)
-        finally:  # an interrupted comparison shows what it has
-            lines = _conclude(design, failures)
+        except (SystemExit, KeyboardInterrupt):
+            _conclude(design, failures)
+            logger.info("Stopped. What is finished is kept and shown in %s; the same command goes on", design.folder)
+            raise
+        lines = _conclude(design, failures)
     return Comparison(design.folder, lines, failures)
 
 
