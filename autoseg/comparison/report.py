@@ -95,11 +95,12 @@ def what_to_know(design: Design, outcomes: Sequence[Outcome], lines: Sequence[Li
             "One seed: the intervals say how the difference varies over cases. How another training of the same arm would "
             "have ended is not in them; two trainings from scratch differ too. Several --seeds show it."
         )
-    elif seeds < 5:
+    elif seeds in COVERAGE:
         notes.append(
-            f"{seeds} seeds: the part of the interval that is the chance of training is roughly known at best."
+            f"{seeds} seeds: where the chance of training is larger than what differs between cases, an interval from so few "
+            f"holds the truth in about {COVERAGE[seeds]} of 100 comparisons, not in 95."
         )
-    if cases < LEAST_CASES:
+    if 0 < cases < LEAST_CASES:
         notes.append(
             f"{cases} validation cases: below {LEAST_CASES} nothing is called better or worse, because all differences "
             "have the same sign too often by chance. More --folds give more cases."
@@ -140,8 +141,8 @@ def _markdown(design: Design, lines: Sequence[Line], failures: Mapping[str, str]
     text += [
         "- Dice: mean over validation cases (and seeds) of the mean over a case's structures. A missed or an invented "
         "structure counts 0; one that is in neither mask does not count.",
-        "- To scratch: difference, arm minus scratch of the same configuration, paired: same fold, seed, training cases and validation "
-        "case.",
+        "- To scratch: difference, arm minus scratch of the same configuration, paired: same fold, seed, training cases "
+        "and validation case.",
         f"- 95 % interval: percentile bootstrap, {ROUNDS:,} rounds with a fixed seed; in each, seeds and cases are drawn "
         "with replacement, independently of each other, and the differences of the drawn seeds × cases are averaged.",
         '- "No difference shown": the interval holds 0. That is not proof that there is none.',
