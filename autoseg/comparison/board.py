@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from autoseg.comparison.design import Design, Pretraining, Training
 from planners.progress import duration, without_bars
@@ -48,10 +49,10 @@ class Board:
         screen = list(logger.handlers)
 
         def passes(record: logging.LogRecord) -> bool:
-            self._message = record.getMessage().strip()
+            self._message = record.getMessage().strip().partition("\n")[0]
             shown = record.name == _own.name or record.levelno >= logging.WARNING
             if shown and live is not None:
-                console.print(self._message, markup=False, highlight=False)
+                console.print(Text(record.getMessage()))
             return shown and live is None
 
         for handler in screen:
@@ -91,10 +92,11 @@ class Board:
 
     def _table(self) -> Table:
         """Arms down, pretraining and shares of the labels across: how many of the trainings are done, and their mean Dice."""
-        now = f"{describe(self._now)}: {self._message[:100]}" if self._now else "…"
+        now = Text(f"{describe(self._now)}: {self._message}" if self._now else "", overflow="ellipsis", no_wrap=True)
         left = self._left().removeprefix("; ")
         title = f"{len(self._results)} of {len(self._work)} done" + (f", {left}" if left else "")
-        table = Table("arm", title=title, caption=now, title_justify="left", caption_justify="left")
+        table = Table(title=title, caption=now, title_justify="left", caption_justify="left")
+        table.add_column("arm", overflow="fold")
         table.add_column("encoders", justify="right")
         for fraction in self.design.fractions:
             table.add_column(f"Dice at {percent(fraction)}", justify="right")
@@ -104,18 +106,22 @@ class Board:
                 cells.append(
                     self._cell([w for w in self._work if isinstance(w, Training) and (w.arm, w.fraction) == (arm, fraction)])
                 )  # fmt: skip
-            table.add_row(arm.name.replace("[", r"\["), *cells)
+            table.add_row(Text(arm.name), *cells)
         return table
 
-    def _cell(self, works: list[Work]) -> str:
+    def _cell(self, works: list[Work]) -> Text:
         if not works:
-            return "-"
+            return Text("-")
         done = [work for work in works if self._results.get(work) == "done"]
         failed = sum(work in self._results for work in works) - len(done)
         known = [self._dice[work] for work in done if work in self._dice]
-        text = f"{sum(known) / len(known):.3f} " if known else ""
-        text += f"({len(done)}/{len(works)})"
-        return text + (f" [red]{failed} failed[/]" if failed else "") + (" [cyan]now[/]" if self._now in works else "")
+        mean = f"{sum(known) / len(known):.3f} " if known else ""
+        text = Text(f"{mean}({len(done)}/{len(works)})")
+        if failed:
+            text.append(f" {failed} failed", "red")
+        if self._now in works:
+            text.append(" now", "cyan")
+        return text
 
 
 def percent(fraction: float) -> str:

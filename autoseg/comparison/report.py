@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 HEADINGS = (
     "labels", "arm", "Dice", "to scratch", "95 % interval", "finding", "epochs to 90 %", "pretraining", "training",
 )  # fmt: skip
+_TEXT_COLUMNS = (0, 1, 5)
+_WIDE = 120
 
 
 def write_report(design: Design, outcomes: list[Outcome], lines: Sequence[Line], failures: Mapping[str, str]) -> None:
@@ -46,17 +48,22 @@ def print_comparison(folder: Path, lines: Sequence[Line], failures: Mapping[str,
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="Mean Dice of held-out cases", title_justify="left")
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if index in (0, 1, 5) else "right", overflow="fold")
-    fraction = None
-    for line in lines:
-        if fraction not in (None, line.fraction):
-            table.add_section()
-        fraction = line.fraction
-        table.add_row(*(escape(cell) for cell in row(line)))
-    if lines:
+    # The times are left to comparison.md where a terminal is narrow.
+    columns = range(1, len(HEADINGS) if console.width >= _WIDE else len(HEADINGS) - 2)
+    for fraction in dict.fromkeys(line.fraction for line in lines):
+        some = [row(line) for line in lines if line.fraction == fraction]
+        table = Table(title=f"Mean Dice of held-out cases, labels of {some[0][0]}", title_justify="left")
+        for index in columns:
+            table.add_column(
+                HEADINGS[index],
+                justify="left" if index in _TEXT_COLUMNS else "right",
+                no_wrap=index in (2, 3, 4),
+                overflow="fold",
+            )
+        for cells in some:
+            table.add_row(*(escape(cells[index]) for index in columns))
         console.print(table)
+    if lines:
         console.print(f"What the numbers mean, and what they do not: {folder / 'comparison.md'}", soft_wrap=True)
     for what, why in failures.items():
         console.print(f"[red]failed[/] {escape(what)}: {escape(why)}", highlight=False, soft_wrap=True)
@@ -178,7 +185,7 @@ def _facts(design: Design) -> dict[str, str]:
 
 def _table(lines: Sequence[Line]) -> list[str]:
     rows = [[cell.replace("|", "\\|") for cell in row(line)] for line in lines]
-    align = [":--" if index in (0, 1, 5) else "--:" for index in range(len(HEADINGS))]
+    align = [":--" if index in _TEXT_COLUMNS else "--:" for index in range(len(HEADINGS))]
     return [f"| {' | '.join(cells)} |" for cells in (list(HEADINGS), align, *rows)]
 
 
