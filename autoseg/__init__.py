@@ -14,6 +14,7 @@ Nothing heavy is imported before a function runs.
 from __future__ import annotations
 
 from autoseg.commands import (
+    compare,
     convert_folder,
     convert_msd,
     demo,
@@ -34,6 +35,7 @@ from autoseg.commands import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "compare",
     "convert_folder",
     "convert_msd",
     "demo",

@@ -457,6 +457,64 @@ def pull(
     commands.pull(source, dataset, name=name, revision=revision, root=root)
 
 
+@app.command("compare")
+def compare(
+    dataset: DatasetOption,
+    methods: Annotated[
+        str,
+        typer.Option("--methods", help="Arms: scratch,voco,rotation@2d,meddinov3[stages=1]; @ names a configuration."),
+    ],
+    fractions: Annotated[
+        str, typer.Option("--label-fractions", help="Shares of the training cases; small ones lie in large ones.")
+    ] = "0.1,0.25,1",
+    folds: Annotated[str, typer.Option("-f", "--folds", help="Folds to hold out, one after the other.")] = "0",
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds; several show the chance of training.")] = "0",
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of every training.")] = None,
+    iterations: Annotated[int | None, typer.Option("--iterations", help="Training iterations an epoch.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Pretraining steps of every method.")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="cpu or default; default: by device.")] = None,
+    plan: Plan = None,
+    configuration: Configuration = None,
+    run: Annotated[str | None, typer.Option("--run", help="Name of this comparison, to keep several.")] = None,
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Forecast hours and disk, and stop.")] = False,
+    device: Device = None,
+    workers: Workers = None,
+    root: Root = None,
+    debug: Debug = False,
+) -> None:
+    """Compare pretraining methods with training from scratch, at equal budget."""
+    _begin(root)
+    from autoseg import commands
+
+    given = {"epochs": epochs, "iterations": iterations}
+    result: Any = commands.compare(
+        dataset,
+        methods=methods,
+        label_fractions=_numbers(fractions, "--label-fractions", float),
+        folds=_numbers(folds, "--folds", int),
+        seeds=_numbers(seeds, "--seeds", int),
+        settings={**_settings(settings, prefix="train."), **{k: v for k, v in given.items() if v is not None}},
+        steps=steps,
+        preset=preset,
+        plan=plan,
+        configuration=configuration,
+        run=run,
+        dry_run=dry_run,
+        device=device,
+        workers=workers,
+        root=root,
+    )
+    from autoseg import console
+
+    if dry_run:
+        console.print_forecast(result)
+        return
+    console.print_comparison(result)
+    if result.failures:
+        raise typer.Exit(1)
+
+
 @app.command("demo")
 def demo(
     root: Annotated[Path, typer.Option("--root", help="Where to work.")] = Path("autoseg_demo"), debug: Debug = False
@@ -527,7 +585,7 @@ def _numbers(text: str | None, option: str, kind: type) -> list[Any] | None:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise SettingsError(f"{option} takes numbers separated by commas", found=text, expected="3,1,1") from None
+        raise SettingsError(f"{option} takes numbers separated by commas", found=text, expected="1 or 3,1,1") from None
 
 
 def _folds(text: str) -> tuple[int | str, ...]:

@@ -14,6 +14,8 @@ from planners import paths
 from planners.errors import DatasetError, SettingsError
 
 if TYPE_CHECKING:
+    from autoseg.comparison.budget import Forecast
+    from autoseg.comparison.run import Comparison
     from autoseg.evaluate import Evaluation
     from planners.planner import PlannedPair
     from planners.verify import Problem
@@ -282,6 +284,20 @@ def pull(
     from autoseg.hub import pull as run
 
     return run(source, dataset, name=name, revision=revision)
+
+
+def compare(
+    dataset: int | str, *, methods: str, root: str | Path | None = None, **options: Any
+) -> Comparison | Forecast:
+    """Find out which pretraining helps on a dataset; options as in `autoseg.comparison.run.compare`."""
+    paths.configure(root)
+    paths.resolve_dataset(dataset)
+    from autoseg.comparison.arms import parse_arms
+
+    parse_arms(methods, "")  # a misspelt method is told before anything heavy is imported
+    from autoseg.comparison.run import compare as run
+
+    return run(dataset, methods=methods, **options)
 
 
 def demo(root: str | Path = "autoseg_demo") -> Path:

@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from autoseg.comparison.budget import Forecast
+    from autoseg.comparison.run import Comparison
     from planners.intensity import IntensityScheme
     from planners.planner import PlannedPair
     from planners.verify import Problem
@@ -132,6 +134,20 @@ def print_transfer(report: TransferReport, *, every_tensor: bool = True) -> None
             table.add_row(name, status, escape(why))
         console.print(table)
     console.print(report.summary())
+
+
+def print_comparison(found: Comparison) -> None:
+    """The table of a comparison, what failed, and where everything lies."""
+    from autoseg.comparison.report import print_comparison as show
+
+    show(found.folder, found.lines, found.failures, wide_console())
+
+
+def print_forecast(found: Forecast) -> None:
+    """Hours and disk."""
+    from autoseg.comparison.budget import print_forecast as show
+
+    show(found, wide_console())
 
 
 def print_methods(name: str | None) -> None:

@@ -131,8 +131,9 @@ def trained_from(dataset_name: str, plan_name: str, configuration: str) -> list[
     return sorted({*models, *encoders})
 
 
-def folds(dataset_name: str) -> list[dict]:
-    """The cross-validation splits, made by nnU-Net's function (seed 12345, k = min(5, cases)) when there are none yet."""
+def folds(dataset_name: str, *, write: bool = True) -> list[dict]:
+    """The cross-validation splits, made by nnU-Net's function (seed 12345, k = min(5, cases)) when there are none yet, and
+    then written down, unless `write` is off."""
     path = paths.preprocessed(dataset_name) / "splits_final.json"
     if path.is_file():
         return read_json(path)
@@ -152,5 +153,6 @@ def folds(dataset_name: str) -> list[dict]:
         {part: [str(name) for name in split[part]] for part in ("train", "val")}
         for split in generate_crossval_split(names, seed=12345, n_splits=min(5, len(names)))
     ]
-    write_json(path, splits)
+    if write:
+        write_json(path, splits)
     return splits

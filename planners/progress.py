@@ -6,18 +6,32 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 logger = logging.getLogger("autoseg")
 _SECONDS_BETWEEN_LINES = 15.0
+_bars_allowed = True
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield `items` while showing how far they are and how long the rest will take."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    return _bar(items, description, total) if sys.stderr.isatty() else _lines(items, description, total)
+    bar = _bars_allowed and sys.stderr.isatty()
+    return (_bar if bar else _lines)(items, description, total)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Lines instead of bars within the block, where something else is drawn on the terminal."""
+    global _bars_allowed
+    before, _bars_allowed = _bars_allowed, False
+    try:
+        yield
+    finally:
+        _bars_allowed = before
 
 
 def _bar(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:

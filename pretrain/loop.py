@@ -107,7 +107,7 @@ def pretrain(
         configuration = configuration or default_configuration(plan_content)
         plan_content = ensure_configuration(name, plan_name, configuration, write=not show_config)
     target = Target(plan_content, configuration, encoder_info(plan_content, configuration, home.json))
-    _check_needs(method, needs.dims, needs.networks, target)
+    check_needs(method, needs.dims, needs.networks, target)
 
     folder = encoder_folder(
         name, plan_content["plans_name"], configuration, method, None if run is None else check_run_name(run)
@@ -271,7 +271,8 @@ def _own_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(f"{method}."): value for name, value in settings.items()}
 
 
-def _check_needs(method: str, dims: Sequence[int], networks: Sequence[str], target: Target) -> None:
+def check_needs(method: str, dims: Sequence[int], networks: Sequence[str], target: Target) -> None:
+    """PlanError when a method cannot work on the target's dimensions or network."""
     found = target.encoder.spatial_dims
     if found not in dims:
         raise PlanError(

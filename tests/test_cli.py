@@ -14,7 +14,8 @@ from tests.tiny import DATASET, write_tiny_dataset
 
 COMMANDS = [
     [], ["convert"], ["convert", "msd"], ["convert", "folder"], ["verify"], ["plan_and_preprocess"], ["pretrain"],
-    ["train"], ["predict"], ["evaluate"], ["demo"], ["methods"], ["export"], ["import"], ["push"], ["pull"],
+    ["train"], ["predict"], ["evaluate"], ["compare"], ["demo"], ["methods"], ["weights"], ["weights", "inspect"],
+    ["export"], ["import"], ["push"], ["pull"],
 ]  # fmt: skip
 HEAVY = ("torch", "numpy", "SimpleITK", "nnunetv2", "matplotlib", "scipy", "monai")
 REPOSITORY = Path(__file__).parents[1]
@@ -97,6 +98,8 @@ def test_the_data_root_is_always_printed(tmp_path):
             "nowhere",
         ),
         (["convert", "msd", "nowhere", "-d", "4"], "nowhere"),
+        (["compare", "-d", "901", "--methods", "scratch,vocco"], "Did you mean 'voco'"),
+        (["compare", "-d", "901", "--methods", "voco", "--folds", "first"], "numbers separated by commas"),
         (["predict", "-i", "nowhere", "-o", "out", "-d", "901"], "nowhere"),
         (["export"], "-d DATASET --encoder NAME"),
         (["pull", "hf:voco"], "hf:owner/repo"),

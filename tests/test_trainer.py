@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 
+import matplotlib
 import pytest
 import torch
 
@@ -70,6 +71,12 @@ def test_a_run_leaves_nnunets_files_a_record_and_nothing_else(tiny):
     options = json.loads((fold.parent / "plans.json").read_text())["autoseg"]["train"]
     assert (options["epochs"], options["run"], options["pretrained"]) == (3, None, None)
     assert json.loads((paths.preprocessed(DATASET) / "tinyPlans.json").read_text()) == tiny_plan()
+
+
+def test_nnunets_picture_leaves_other_pictures_as_they_were(tiny):
+    before = dict(matplotlib.rcParams)
+    short_train()
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_checkpoints_load_without_an_allow_list_and_name_nnunets_trainer(tiny):

@@ -32,7 +32,7 @@ from pretrain.importers.weights import Weights
 from pretrain.networks.registry import build_network, has_deep_supervision
 from pretrain.transfer import TransferReport
 from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.data import SafeDataset, environment, loader_workers, seed_all
+from trainers.data import SafeDataset, environment, label_subset, loader_workers, seed_all
 from trainers.journal import Journal
 from trainers.label_names import class_names
 from trainers.runs import BEST, FINAL, LATEST, options_of, run_folder_name
@@ -174,6 +174,15 @@ class AutosegTrainer(nnUNetTrainer):
         if self.settings.optimizer == "adamw":
             return torch.optim.AdamW(groups, self.settings.lr, weight_decay=decay), None
         return torch.optim.SGD(groups, self.settings.lr, weight_decay=decay, momentum=0.99, nesterov=True), None
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """The fold's training cases, or the share of them that `label_fraction` asks for, and its validation cases."""
+        learn, held_out = super().do_split()
+        if self.settings.label_fraction < 1:
+            chosen = label_subset(learn, self.settings.label_fraction, self.settings.seed)
+            self.print_to_log_file(f"Training on {len(chosen)} of {len(learn)} cases: {', '.join(chosen)}")
+            learn = chosen
+        return list(learn), list(held_out)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         with environment("nnUNet_n_proc_DA", str(loader_workers(self.device.type))), nnunet_quiet():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +31,17 @@ class SafeDataset(nnUNetDatasetBlosc2):
             for ending in (".b2nd", "_seg.b2nd")
         )
         return image, labels, None, read_case_properties(folder / f"{identifier}.pkl")
+
+
+def label_subset(cases: Sequence[str], fraction: float, seed: int) -> list[str]:
+    """`fraction` of the cases, at least one, in the order given.
+
+    Each seed has its own order of all cases and takes the first of them: with one seed a smaller share is a part of every
+    larger one. The order is by hash, so it does not depend on the fold or on which other cases there are.
+    """
+    drawn = sorted(cases, key=lambda case: hashlib.sha256(f"{seed}/{case}".encode()).digest())
+    chosen = set(drawn[: max(1, round(fraction * len(drawn)))])
+    return [case for case in cases if case in chosen]
 
 
 def loader_workers(device_type: str) -> int:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from torch.utils.tensorboard import SummaryWriter
 
@@ -38,7 +39,8 @@ class Journal:
             if name != "epoch":
                 self._tensorboard.add_scalar(name, value, int(newest["epoch"]) - 1)
         if is_last or time.monotonic() - self._plotted > _SECONDS_BETWEEN_PLOTS:
-            log.plot_progress_png(str(self.folder))
+            with matplotlib.rc_context():  # nnU-Net's picture sets fonts for the whole process
+                log.plot_progress_png(str(self.folder))
             self._plotted = time.monotonic()
         return (
             f"loss {newest['train_loss']:.3f}, validation loss {newest['validation_loss']:.3f}, "

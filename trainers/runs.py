@@ -12,6 +12,8 @@ from planners.paths import results
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 SCRATCH = "scratch"
 """On the command line: the run without a name, which trains from new weights."""
+COMPARED = "cmp-"
+"""Begins the names of a comparison's runs."""
 
 
 def run_folder_name(trainer_name: str, run: str | None) -> str:
@@ -42,14 +44,18 @@ def find_models(
     run: str | None = None,
     folds: Sequence[int | str] | None = None,
 ) -> list[Path]:
-    """Model folders of autoseg's trainers that have a finished fold (all of `folds`, if given), narrowed by what is given."""
+    """Model folders of autoseg's trainers that have a finished fold (all of `folds`, if given), narrowed by what is given.
+
+    The many runs of a comparison are found by their name only.
+    """
     found = []
     for model in sorted(results(dataset_name).glob("Autoseg*__*__*")):
         trainer, _, rest = model.name.partition("__")
         plan, _, its_configuration = rest.partition("__")
         its_run = trainer.partition("-")[2] or SCRATCH
         finished = finished_folds(model)
-        fits = plan_name in (None, plan) and configuration in (None, its_configuration) and run in (None, its_run)
+        wanted = its_run == run or (run is None and not its_run.startswith(COMPARED))
+        fits = plan_name in (None, plan) and configuration in (None, its_configuration) and wanted
         if fits and finished and set(folds or []) <= set(finished):
             found.append(model)
     return found

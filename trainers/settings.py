@@ -45,8 +45,11 @@ class TrainSettings:
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """End after this time of training, final validation not counted; the schedule is shortened to fit, so that the
     learning rate still reaches zero."""
+    label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the fold's training cases that is used, at least one; chosen by the seed, and a smaller share is a part of a
+    larger one. The validation cases are all used."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 12345
-    """Seed of the new weights and, on a CPU, of every batch."""
+    """Seed of the new weights, of the choice of cases and, on a CPU, of every batch."""
 
     @property
     def total_iterations(self) -> int:

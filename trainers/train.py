@@ -148,7 +148,7 @@ def train(
         if dry_run and on_dry_run is not None:
             on_dry_run(job, job.expected_transfer())
         return []
-    if validation_only or not all(_is_finished(job.folder / f"fold_{fold}") for fold in job.folds) or overwrite:
+    if validation_only or not all(is_finished(job.folder / f"fold_{fold}") for fold in job.folds) or overwrite:
         _say_what_will_happen(job)
     for plan_to_write in job.unwritten:
         write_json(plans.plan_path(job.dataset_name, plan_to_write["plans_name"]), plan_to_write)
@@ -355,7 +355,8 @@ def _say_what_will_happen(job: Job) -> None:
         )
 
 
-def _is_finished(fold_folder: Path) -> bool:
+def is_finished(fold_folder: Path) -> bool:
+    """Whether a fold was trained to the end and validated."""
     return (fold_folder / FINAL).is_file() and (fold_folder / "validation" / "summary.json").is_file()
 
 
@@ -369,7 +370,7 @@ def _train_fold_alone(job: Job, fold: int | str, folder: Path, overwrite: bool, 
     if overwrite and not validation_only and folder.exists():
         shutil.rmtree(folder)
     final, latest = folder / FINAL, folder / LATEST
-    if _is_finished(folder) and not validation_only:
+    if is_finished(folder) and not validation_only:
         logger.info("Fold %s is finished: %s (--overwrite trains it again)", fold, folder)
         return folder
     if validation_only and not final.is_file():
