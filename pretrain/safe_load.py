@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import zipfile
 from pathlib import Path
@@ -13,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from planners.errors import DatasetError, UnsafeFile
 
-# What a stock nnU-Net checkpoint holds beside tensors and plain values: logged numbers. numpy 1 and 2 name them differently.
+# What checkpoints hold beside tensors and plain values. Stock nnU-Net: logged numbers, which numpy 1 and 2 name differently.
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # type: ignore[index]
-_NUMPY_GLOBALS: list[Any] = [
+_PLAIN_GLOBALS: list[Any] = [
+    argparse.Namespace,  # options of a training, as PCRL's; a bag of values
     np.dtype,
     *{type(np.dtype(kind)) for kind in ("float64", "float32", "float16", "int64", "int32", "bool")},
     (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
@@ -38,7 +40,7 @@ _OTHER_KINDS: tuple[tuple[bytes, str, str], ...] = (
 def load_torch(
     path: str | Path, device: torch.device | str = "cpu", *, what: str = "checkpoint", remedy: str = _AGAIN
 ) -> Any:
-    """What `torch.save` wrote, with plain values, tensors and numpy's numbers only.
+    """What `torch.save` wrote, with plain values, tensors, numpy's numbers and argparse's options only.
 
     Args:
         what: names the file in the messages.
@@ -48,7 +50,7 @@ def load_torch(
     """
     try:
         # a stream, not the path: torch.load chooses another reader for some names
-        with torch.serialization.safe_globals(_NUMPY_GLOBALS), Path(path).open("rb") as file:
+        with torch.serialization.safe_globals(_PLAIN_GLOBALS), Path(path).open("rb") as file:
             return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" not in str(error) and "global" not in str(error).lower():
