@@ -519,10 +519,11 @@ def test_every_local_view_counts_and_their_order_does_not() -> None:
         assert float(model.loss(changed, STEP)["compare_local"]) != float(whole)
 
 
-def test_predictors_keep_their_own_statistics() -> None:
+def test_predictors_take_their_statistics_from_the_batch() -> None:
     predictor = Predictor(4).double()
-    z, p, hidden = predictor(torch.randn(3, 4, dtype=torch.float64))
-    assert (z.shape, p.shape, hidden.shape) == ((3, 4), (3, 4), (3, 8))
-    model = with_negatives(tiny_model(mode="v2"))
-    assert [int(p.norm.count) for p in model.task.predictors] == [2, 2]
-    assert all(int(p.inner_norm.count) == 2 for p in model.task.predictors)
+    rows = 5 + 3 * torch.randn(6, 4, dtype=torch.float64)
+    z, p = predictor(rows)
+    assert (z.shape, p.shape) == ((6, 4), (6, 4))
+    assert float(z.mean(0).abs().max()) < 1e-12
+    assert torch.allclose(predictor.eval()(rows)[1], p)
+    assert not list(predictor.buffers())

@@ -198,7 +198,8 @@ def test_the_pyramid_restores_without_skips() -> None:
     pcrl = model(0, mode="v2", local_views=2)
     history = learn(pcrl, 0)
     explained = float(np.mean(history["explained_restore"][-20:]))
-    ends = {name: (np.mean(v[:20]), np.mean(v[-20:])) for name, v in history.items()}
+    ends = {name: (float(np.mean(v[:20])), float(np.mean(v[-20:]))) for name, v in history.items()}
     print(ends)
-    assert explained > 0.2
+    assert explained > 0.15
+    assert np.mean(history["compare"][-20:]) < -0.3
     assert change(history["restore"]) < -0.15

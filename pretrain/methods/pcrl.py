@@ -172,6 +172,8 @@ class PCRL(PretrainMethod):
             "PCRL (%s) cuts overlapping views of %s voxels from %d scans a step", config.mode, times(patch), batch
         )
         if config.mode == "v2":
+            if batch == 1:
+                logger.warning("With one scan a step, PCRLv2 compares a scan with nothing else")
             return
         logger.info("PCRL tells a view from the last %d keys", queue)
         if len(contexts.turns) == 2:

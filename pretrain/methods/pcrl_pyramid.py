@@ -20,7 +20,6 @@ from pretrain.method import Batch, MomentumPair, Step, Terms
 from pretrain.methods.pcrl_parts import (
     Body,
     Graph,
-    RunningNorm,
     explained,
     full,
     mean_over,
@@ -36,20 +35,27 @@ _MODES = {2: "bilinear", 3: "trilinear"}
 
 
 class Predictor(nn.Module):
-    """One scale's comparison head: (N, channels) → (N, channels), twice as wide inside."""
+    """One scale's comparison head: (N, channels) → (N, channels), twice as wide inside.
+
+    Both norms take their statistics from the views of the batch and keep none, so training and evaluation compute the
+    same. Those of the steps before, as PCRL's contrast takes them, lag behind features that chase each other: the
+    comparison then gets worse from step to step.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = RunningNorm(channels)
-        self.first = nn.Linear(channels, 2 * channels)
-        self.inner_norm = RunningNorm(2 * channels)
-        self.last = nn.Linear(2 * channels, channels)
+        self.norm = nn.BatchNorm1d(channels, track_running_stats=False)
+        self.layers = nn.Sequential(
+            nn.Linear(channels, 2 * channels),
+            nn.BatchNorm1d(2 * channels, track_running_stats=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(2 * channels, channels),
+        )
 
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The normed features z, their prediction p, and what the inner norm saw."""
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed features z and their prediction p."""
         z = self.norm(pooled)
-        hidden = self.first(z)
-        return z, self.last(self.inner_norm(hidden).relu()), hidden.detach()
+        return z, self.layers(z)
 
 
 class Pyramid(nn.Module):
@@ -78,15 +84,13 @@ class Pyramid(nn.Module):
 
         error = squared_error(self.head(large[-1][:cases]), target, valid)
         middle = squared_error(self.middle(large, scales[0], cases), target, valid)
-        terms: Terms = {}
         heads = []
         with torch.autocast(views.device.type, enabled=False):
-            for number, (predictor, a, b) in enumerate(zip(self.predictors, large, local, strict=True)):
+            for predictor, a, b in zip(self.predictors, large, local, strict=True):
                 pooled = torch.cat([full(maps).flatten(2).mean(2) for maps in (a, b)])
-                z, p, hidden = predictor(pooled)
+                z, p = predictor(pooled)
                 # Views are the first axis: the two large ones, then the small ones.
                 heads.append((z.unflatten(0, (2 + count, cases)), p.unflatten(0, (2 + count, cases))))
-                terms |= {f"pooled_{number}": pooled.detach(), f"hidden_{number}": hidden}
 
             def compare(a: int, b: int, scale: int) -> Tensor:
                 z, p = heads[scale]
@@ -106,7 +110,6 @@ class Pyramid(nn.Module):
             "compare_local": compared_local.detach(),
             "explained_restore": explained(error.detach(), target, valid),
             **mean_similarity(normalize(heads[scales[0]][0][0].detach(), dim=1)),
-            **terms,
         }
 
     def decoded(self, images: Tensor) -> list[Tensor]:
@@ -119,10 +122,7 @@ class Pyramid(nn.Module):
         return interpolate(full(image), size=self.spec.patch, mode=_MODES[len(self.spec.patch)], align_corners=False)
 
     def update(self, batch: Batch, terms: Terms, gather: Callable[[Tensor], Tensor]) -> None:
-        """After a step: the norms learn this batch."""
-        for number, predictor in enumerate(self.predictors):
-            predictor.norm.update(gather(terms[f"pooled_{number}"]))  # type: ignore[operator, union-attr]
-            predictor.inner_norm.update(gather(terms[f"hidden_{number}"]))  # type: ignore[operator, union-attr]
+        """Nothing is kept from step to step."""
 
     @torch.no_grad()
     def panels(self, batch: Batch, case: int) -> list[list[Panel]]:
