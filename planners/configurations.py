@@ -17,7 +17,7 @@ from planners.anisotropy import anisotropy_facts
 from planners.decisions import Choice, explain_added
 from planners.errors import PlanError
 from planners.files import write_json
-from planners.foreign import PRIMUS, UNETS, choose_primus, choose_unet
+from planners.foreign import PCRL_UNET, PRIMUS, UNETS, choose_pcrl_unet, choose_primus, choose_unet
 from planners.locks import waiting_lock
 from planners.plans import load_plan, plan_path, preprocessing_hash, resolved
 from planners.swin import NETWORK as SWIN
@@ -83,7 +83,8 @@ def with_configuration(plan: Mapping, name: str, content: Mapping | None = None)
 def configuration_like(plan: Mapping, architecture: Mapping, *, patch_size: Sequence[int] | None = None) -> dict:
     """The content of a configuration with the network of `architecture` (a plan's entry) on the plan's data.
 
-    SwinUNETR gets the patch of `3d_fullres_swin`, Primus multiples of its tokens, a U-Net the plan's strides and kernels.
+    SwinUNETR gets the patch of `3d_fullres_swin`, Primus multiples of its tokens, PCRL's U-Net
+    multiples of 8, another U-Net the plan's strides and kernels.
     `architecture` must have been looked up in the table of networks. Raises PlanError for a network without a rule.
 
     Args:
@@ -95,7 +96,7 @@ def configuration_like(plan: Mapping, architecture: Mapping, *, patch_size: Sequ
     parent = next(
         (c for c in (("2d", "3d_fullres") if flat else ("3d_fullres", "2d")) if c in plan["configurations"]), ""
     )
-    if name in (SWIN, PRIMUS):
+    if name in (SWIN, PRIMUS, PCRL_UNET):
         parent = "3d_fullres"
     data = resolved(dict(plan), parent)
     if name == SWIN:
@@ -103,10 +104,14 @@ def configuration_like(plan: Mapping, architecture: Mapping, *, patch_size: Sequ
         choice = choose_swin(plan, data, arguments, patch_size=patch_size)
     elif name == PRIMUS:
         choice = choose_primus(plan, data, architecture, patch_size=patch_size)
+    elif name == PCRL_UNET:
+        choice = choose_pcrl_unet(plan, data, architecture, patch_size=patch_size)
     elif last in UNETS:
         choice = choose_unet(plan, data, architecture, patch_size=patch_size)
     else:
-        raise PlanError("No rule for this network", found=name, expected=", ".join(("SwinUNETR", "Primus", *UNETS)))
+        raise PlanError(
+            "No rule for this network", found=name, expected=", ".join(("SwinUNETR", "Primus", "PCRLUNet", *UNETS))
+        )
     return _content(choice, parent, data)
 
 

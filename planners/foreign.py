@@ -1,4 +1,4 @@
-"""Somebody else's network on the data of a plan: U-Nets and Primus, with a patch that the plan's memory can hold."""
+"""Somebody else's network on the data of a plan, with a patch that the plan's memory can hold: U-Nets, Primus, PCRL's U-Net."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from planners.decisions import Choice, times
 from planners.errors import PlanError
 
 PRIMUS = "pretrain.networks.Primus"
+PCRL_UNET = "pretrain.networks.PCRLUNet"
 _UNET = "dynamic_network_architectures.architectures.unet"
 UNETS = {
     "PlainConvUNet": "n_conv_per_stage",
@@ -33,6 +34,9 @@ UNETS = {
 # nnU-Net's ResEnc planner: feature map elements of one patch that go with 8 GB and these batches.
 _REFERENCE = {3: (680_000_000, 2), 2: (135_000_000, 12)}
 _SMALLEST_BATCH = 2
+_PCRL_STRIDE = 8
+# Outputs of all convolutions, in numbers for each voxel and feature (counted); nnU-Net's estimate counts the same.
+_PCRL_MAPS = 7.24
 
 
 def choose_unet(
@@ -119,6 +123,35 @@ def choose_primus(
         batch_because="smallest batch nnU-Net trains with",
         network=f"Primus, {arguments['eva_depth']} blocks of {arguments['embed_dim']} features",
         network_because="that of the weights; no deep supervision",
+        network_change="other weights",
+    )
+
+
+def choose_pcrl_unet(
+    plan: Mapping, parent: Mapping, architecture: Mapping[str, Any], *, patch_size: Sequence[int] | None = None
+) -> Choice:
+    """The U-Net of PCRL's weights; its patch is a multiple of 8 and shrinks until its feature maps are as many as nnU-Net's
+    rule allows a U-Net. Args as for `choose_unet`."""
+    width, step = int(architecture["arch_kwargs"]["width"]), [_PCRL_STRIDE] * 3
+    median, memory = parent["median_image_size_in_voxels"], gpu_memory_gb(plan)
+    wanted = patch_size or parent["patch_size"]
+    start = [max(2 * s, min(n // s, math.ceil(m / s)) * s) for n, m, s in zip(wanted, median, step, strict=True)]
+    most = round(_REFERENCE[3][0] * memory / DEFAULT_GPU_MEMORY_GB)
+    voxels = CPU.max_voxels_3d if is_small(plan) else None
+    patch = list(start)
+    while math.prod(patch) > (voxels or most / (_PCRL_MAPS * width)):
+        patch = _shrunk(patch, step, median, parent["spacing"], least=2 * _PCRL_STRIDE)
+    budget = "that a CPU can train" if voxels else f"for {memory:g} GB"
+    return Choice(
+        patch_size=patch,
+        batch_size=_SMALLEST_BATCH,
+        architecture={"network_class_name": PCRL_UNET, "arch_kwargs": {"width": width}, "_kw_requires_import": []},
+        strides=[[1, 1, 1], *[[2, 2, 2]] * 3],
+        alike=True,
+        patch_because=f"{times(start)}, multiples of 8, as far as it fits the memory: largest {budget}",
+        batch_because="smallest batch nnU-Net trains with",
+        network=f"PCRLUNet, {width} features at full size",
+        network_because="that of the weights; four levels, no deep supervision",
         network_change="other weights",
     )
 

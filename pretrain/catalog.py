@@ -57,6 +57,9 @@ METHODS: dict[str, Entry] = {
         (*_UNETS, "SwinUNETR"),
         "arXiv:2006.03829",
     ),
+    "pcrl": Entry(
+        "pretrain.methods.pcrl:PCRL", "restore a scan and tell it from others", (2, 3), _UNETS, "arXiv:2109.04379"
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from planners.errors import DatasetError, UnsafeFile
 
-# What a stock nnU-Net checkpoint holds beside tensors and plain values: logged numbers. numpy 1 and 2 name them differently.
+# What checkpoints hold beside tensors and plain values. Stock nnU-Net: logged numbers, which numpy 1 and 2 name differently.
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # type: ignore[index]
 _PLAIN_GLOBALS: list[Any] = [
     argparse.Namespace,  # training scripts keep their options beside the weights; it is a dict with dots
@@ -40,7 +40,7 @@ _OTHER_KINDS: tuple[tuple[bytes, str, str], ...] = (
 def load_torch(
     path: str | Path, device: torch.device | str = "cpu", *, what: str = "checkpoint", remedy: str = _AGAIN
 ) -> Any:
-    """What `torch.save` wrote, with plain values, tensors and numpy's numbers only.
+    """What `torch.save` wrote, with plain values, tensors, numpy's numbers and argparse's options only.
 
     Args:
         what: names the file in the messages.

@@ -195,3 +195,83 @@ def old_style(plan: dict[str, Any]) -> dict[str, Any]:
         "conv_kernel_sizes": arguments["kernel_sizes"],
     }
     return plan
+
+
+class PCRLConvolution(nn.Module):
+    """The authors' LUConv."""
+
+    def __init__(self, given: int, made: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(given, made, 3, padding=1)
+        self.bn1 = nn.BatchNorm3d(made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn1(self.conv1(x)).relu()
+
+
+class PCRLNetwork(nn.Module):
+    """The 3D networks of PCRL (version 1) and PCRLv2 (version 2) with their heads, names and order as in their files."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__()
+        self.version = version
+        widths = [64, 128, 256, 512]
+        for width, given in zip(widths, (1, *widths), strict=False):
+            self.add_module(f"down_tr{width}", self._block(given, max(width // 2, 32), width))
+        for width in reversed(widths[:-1]):
+            up = self._block(2 * width + (width if version == 1 else 0), width, width)
+            up.up_conv = nn.ConvTranspose3d(2 * width, 2 * width, 2, 2)
+            up.ops = up._modules.pop("ops")  # behind up_conv
+            if version == 2:
+                up.bn = nn.BatchNorm1d(width)
+                up.predictor_head = nn.Sequential(
+                    nn.Linear(width, 2 * width), nn.BatchNorm1d(2 * width), nn.ReLU(), nn.Linear(2 * width, width)
+                )
+                up.deep_supervision_head = PCRLConvolution(width, 1)
+            self.add_module(f"up_tr{width}", up)
+        self.out_tr = nn.Module()
+        self.out_tr.final_conv = nn.Conv3d(64, 1, 1)
+        if version == 1:
+            self.fc1, self.fc2 = nn.Linear(512, 128), nn.Linear(128, 128)
+            self.aug_fc1, self.aug_fc2 = nn.Linear(7, 256), nn.Linear(256, 512)
+        self.eval()
+
+    @staticmethod
+    def _block(given: int, between: int, made: int) -> nn.Module:
+        block = nn.Module()
+        block.ops = nn.Sequential(PCRLConvolution(given, between), PCRLConvolution(between, made))
+        return block
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The encoder's four maps, finest first."""
+        found = [self.down_tr64.ops(x)]
+        for name in ("down_tr128", "down_tr256", "down_tr512"):
+            found.append(getattr(self, name).ops(nn.functional.max_pool3d(found[-1], 2)))
+        return found
+
+    def pyramid(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+        """Version 2: the output, and (z, p, middle image) of each scale."""
+        below, scales = self.maps(x)[-1], []
+        for name in ("up_tr256", "up_tr128", "up_tr64"):
+            up = getattr(self, name)
+            below = up.ops(up.up_conv(below))
+            z = up.bn(below.flatten(2).mean(2))
+            head = up.deep_supervision_head
+            scales.append((z, up.predictor_head(z), head.bn1(head.conv1(below)).sigmoid()))
+        return self.out_tr.final_conv(below).sigmoid(), scales
+
+
+def filled_by_rule(network: nn.Module) -> nn.Module:
+    """Entry j (integers are counted and skipped): mean 0, variance 1, norm weights 1, else sin(0.7 i + j) / √(numel / shape[0])
+    rounded to single precision; the network in double precision."""
+    for number, (name, tensor) in enumerate(network.state_dict().items()):
+        if not tensor.is_floating_point():
+            continue
+        if name.endswith("running_mean"):
+            tensor.zero_()
+        elif name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
+            tensor.fill_(1)
+        else:
+            i = torch.arange(tensor.numel(), dtype=torch.float64)
+            tensor.copy_(((0.7 * i + number).sin() / (tensor.numel() / tensor.shape[0]) ** 0.5).view_as(tensor))
+    return network.double()

@@ -58,7 +58,7 @@ def test_every_layer_of_the_table_exists(names):
         assert issubclass(getattr(torch.nn, path.rpartition(".")[2]), torch.nn.Module)
 
 
-@pytest.mark.parametrize("network", [name for name in NETWORKS if "UNet" in name])
+@pytest.mark.parametrize("network", [name for name in NETWORKS if name.startswith("dynamic_network_architectures")])
 def test_the_network_is_the_one_nnunet_builds(network):
     architecture = copy.deepcopy(ARCHITECTURE)
     architecture["network_class_name"] = network

@@ -10,7 +10,7 @@ import torch
 
 from planners.errors import AutosegError, DatasetError, PretrainedMismatch
 from pretrain.encoders import encoder_of
-from pretrain.importers import nnssl, nnunet, swin_unetr, voco
+from pretrain.importers import nnssl, nnunet, pcrlv2, swin_unetr, voco
 from pretrain.importers.autoseg_encoder import own_folder, read_own
 from pretrain.importers.contents import Contents, read_contents
 from pretrain.importers.folders import weights_file
@@ -22,6 +22,7 @@ RECOGNISERS: tuple[tuple[str, Callable[[Contents], Weights | None]], ...] = (
     ("nnU-Net v2", nnunet.recognise),
     ("VoCo, VoComni", voco.recognise),
     ("SwinUNETR of MONAI, SuPreM", swin_unetr.recognise),
+    ("PCRL, PCRLv2", pcrlv2.recognise),
     ("an encoder of a plain or residual U-Net", nnssl.recognise_bare),
 )
 """Tried in order; the first that knows the content takes it. A new family of files is one more module and one line."""

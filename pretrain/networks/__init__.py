@@ -8,7 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_CLASSES = {"SwinUNETR": "pretrain.networks.swin", "Primus": "pretrain.networks.primus"}
+_CLASSES = {
+    "SwinUNETR": "pretrain.networks.swin",
+    "Primus": "pretrain.networks.primus",
+    "PCRLUNet": "pretrain.networks.pcrl_unet",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -25,9 +25,10 @@ NETWORKS: dict[str, str] = {
     "dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet": f"{_UNET}.ResidualEncoderUNet",
     "pretrain.networks.SwinUNETR": "pretrain.networks.SwinUNETR",
     "pretrain.networks.Primus": "pretrain.networks.Primus",
+    "pretrain.networks.PCRLUNet": "pretrain.networks.PCRLUNet",
 }
 
-_ONE_OUTPUT = ("pretrain.networks.SwinUNETR", "pretrain.networks.Primus")
+_ONE_OUTPUT = ("pretrain.networks.SwinUNETR", "pretrain.networks.Primus", "pretrain.networks.PCRLUNet")
 
 _LAYER_MODULES: dict[str, tuple[str, ...]] = {
     "conv": ("Conv2d", "Conv3d"),
