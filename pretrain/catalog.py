@@ -36,6 +36,20 @@ METHODS: dict[str, Entry] = {
         (*_UNETS, "SwinUNETR"),
         "arXiv:2402.17300",
     ),
+    "rotation": Entry(
+        "pretrain.methods.rotation:Rotation",
+        "how a crop was turned",
+        (2, 3),
+        (*_UNETS, "SwinUNETR"),
+        "arXiv:2006.03829",
+    ),
+    "exemplar": Entry(
+        "pretrain.methods.exemplar:Exemplar",
+        "which two crops are the same place, seen differently",
+        (2, 3),
+        (*_UNETS, "SwinUNETR"),
+        "arXiv:2006.03829",
+    ),
 }
 
 
