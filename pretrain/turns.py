@@ -106,8 +106,8 @@ def turnable_crop(
     shapes = np.quantile([case.shape[-dims:] for case in pool], _SMALL_SCAN, axis=0)
     longest = [min(p, int(v / r)) for p, v, r in zip(target.patch_size, shapes, room[-dims:], strict=True)]
     crops = [_crop(dims, axes, longest, stride) for axes in (*_exchangeable(target, pool, longest), ())]
-    large = [c for c in crops if c.exchanged and c.zoom == 1 and c.cut[c.exchanged[0]] >= _ENOUGH]
     fitting = [c for c in crops if c.zoom <= MAX_ZOOM]
+    large = [c for c in fitting if c.exchanged and c.cut[c.exchanged[0]] == c.size[c.exchanged[0]] >= _ENOUGH]
     if not fitting:
         wanted = [math.ceil(2 * s * r / MAX_ZOOM) for s, r in zip(stride, room[-dims:], strict=True)]
         raise PlanError(

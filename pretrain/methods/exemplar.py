@@ -7,12 +7,13 @@ CVPR 2015, arXiv:1503.03832. Consulted: HealthML/self-supervised-3d-tasks
 
 Differs from the authors' code on purpose: both views are changed, so that "was changed" tells nothing; one head for all views
 instead of three, which could reach a loss of zero without looking at the image; distances on unit vectors; negatives are
-mined from the batch and a queue; views are sampled from a larger window, so no corner is empty.
+mined; views are sampled from a larger window, so no corner is empty.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from pretrain.volumes import CaseInfo, Volume
 logger = logging.getLogger("autoseg")
 
 _NOBODY = -1  # the case of a place in the queue that is empty, or of a crop that does not count
+_FEWEST_VOLUMES = 4  # of a step
 _SOON = 50  # steps, before which nothing can be said
 _COLLAPSED = 0.05  # of the spread of embeddings that have nothing in common
 
@@ -49,10 +51,11 @@ class ExemplarConfig:
     """Optimiser steps; the schedule ends with them."""
     loss: Literal["triplet", "infonce"] = "triplet"
     """triplet: the partner nearer than one chosen negative, by a margin. infonce: the partner found among all negatives."""
-    volumes: Annotated[int, Field(ge=1)] | None = None
-    """Volumes of a batch, each with two views; none: as many as the plan's batch has, at least 2."""
-    queue: Annotated[int, Field(ge=0)] = 256
-    """Views of the steps before that serve as negatives."""
+    volumes: Annotated[int, Field(ge=2)] | None = None
+    """Volumes of a batch, each with two views, negatives of each other; none: as many as the plan's batch has, at least 2,
+    and two batches or more a step where that is less than 4."""
+    queue: Annotated[int, Field(ge=1)] = 256
+    """Views of the steps before, which stand in where a batch has no negative: when few scans are held out."""
     margin: Annotated[float, Field(gt=0, le=4)] = 1.0
     """Of the triplet loss; squared distances of unit vectors reach from 0 to 4."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
@@ -61,8 +64,6 @@ class ExemplarConfig:
     """Numbers that describe a view."""
     hidden: Annotated[int, Field(ge=8)] = 512
     """Width of the layer between the encoder's features and these."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Of that layer."""
     mirror: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability of mirroring a view, for each axis."""
     turn: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -89,11 +90,12 @@ class ExemplarSpec:
     spacing: tuple[float, ...]
     """mm of the voxels the network sees."""
     volumes: int
+    accumulate: int
     changes: Changes
 
 
 class Exemplar(PretrainMethod):
-    """Views of one place form a pair; views of other cases, in the batch and in the queue, are the negatives."""
+    """Views of one place form a pair; views of other cases are the negatives."""
 
     Config = ExemplarConfig
     presets = {  # noqa: RUF012
@@ -117,12 +119,6 @@ class Exemplar(PretrainMethod):
                 found=pool[0].id,
                 remedy="add scans with --images FOLDER, or take a method that learns from one (rotation)",
             )
-        if volumes == 1 and config.queue == 0:
-            raise PlanError(
-                "Exemplar has no negatives with one volume a batch and no queue",
-                found="exemplar.volumes=1 exemplar.queue=0",
-                remedy="--set exemplar.volumes=2 or --set exemplar.queue=256",
-            )
         crop = turnable_crop(target, pool, room=room_of_views(dims), method="exemplar")
         logger.info(
             "Exemplar cuts two views of %s voxels from each of %d volumes; turns: %s",
@@ -136,6 +132,7 @@ class Exemplar(PretrainMethod):
             crop=crop,
             spacing=tuple(s * c / n for s, c, n in zip(target.spacing, crop.cut, crop.size, strict=True)),
             volumes=volumes,
+            accumulate=1 if config.volumes else math.ceil(_FEWEST_VOLUMES / volumes),
             changes=Changes(config.mirror, config.turn, config.zoom, config.contrast),
         )
 
@@ -163,7 +160,8 @@ class Exemplar(PretrainMethod):
         super().__init__()
         self.config, self.spec = config, spec
         self.encoder = encoder_of(network)
-        self.head = classifier(self.encoder.output_channels[-1], config.hidden, config.embedding, config.dropout)
+        # No dropout: at the start embeddings differ less from each other than dropout moves them, and all collapse.
+        self.head = classifier(self.encoder.output_channels[-1], config.hidden, config.embedding)
         self.register_buffer("queue", torch.zeros(config.queue, config.embedding))
         self.register_buffer("queue_cases", torch.full((config.queue,), _NOBODY))
         self.register_buffer("written", torch.zeros((), dtype=torch.long))
@@ -177,6 +175,7 @@ class Exemplar(PretrainMethod):
                 weight_decay=config.weight_decay,
                 warm_up=config.warm_up,
                 clip_norm=config.clip_norm,
+                accumulate=self.spec.accumulate,
             )
         ]
 
@@ -193,7 +192,10 @@ class Exemplar(PretrainMethod):
             z, cases = self.gather(own), self.gather(batch["case"])
             anchors, anchor_cases = _in_rows(z, cases)
             similarity = anchors @ torch.cat([anchors, self.queue]).T
-            negative = may_be_negative(anchor_cases, torch.cat([anchor_cases, self.queue_cases]))
+            here, before = (may_be_negative(anchor_cases, other) for other in (anchor_cases, self.queue_cases))
+            # Where the batch offers negatives the queue must not: its views were embedded by other weights, which the loss
+            # can tell apart more easily than scans, and all embeddings collapse.
+            negative = torch.cat([here, before & ~here.any(1, keepdim=True)], 1)
             rows = torch.arange(len(anchors), device=anchors.device)
             partner = similarity[rows, rows.roll(len(z))]
             if self.config.loss == "triplet":
@@ -201,19 +203,19 @@ class Exemplar(PretrainMethod):
             else:
                 terms = infonce_terms(partner, similarity, negative, self.config.temperature)
         with torch.no_grad():
-            terms["acc"] = found_among(partner, similarity, negative, max(2, self.spec.volumes) - 1)
+            terms["acc"] = found_among(partner, similarity, torch.cat([here, before], 1), self.spec.volumes - 1)
             terms["spread"] = own.flatten(0, 1).std(0).mean()
         return {**terms, "embeddings": z.detach(), "cases": cases}
 
     def after_step(self, batch: Batch, terms: Terms, step: Step) -> None:
         """Put the views of all processes into the queue, over the oldest."""
         rows, cases = (part[: len(self.queue)] for part in _in_rows(terms["embeddings"], terms["cases"]))
-        place = (self.written + torch.arange(len(rows), device=rows.device)) % max(1, len(self.queue))
+        place = (self.written + torch.arange(len(rows), device=rows.device)) % len(self.queue)
         self.queue[place], self.queue_cases[place] = rows, cases
         self.written += len(rows)
 
     def chance(self) -> Mapping[str, float]:
-        return {"acc": 1 / max(2, self.spec.volumes)}
+        return {"acc": 1 / self.spec.volumes}
 
     def diagnose(self, recent: Mapping[str, float], step: Step) -> str | None:
         unrelated = self.config.embedding**-0.5
