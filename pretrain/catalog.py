@@ -27,35 +27,25 @@ class Entry:
 
 
 _UNETS = ("ResidualEncoderUNet", "PlainConvUNet", "ResidualUNet")
+_ENCODERS = (*_UNETS, "SwinUNETR")
+_TALEB = "arXiv:2006.03829"
 
 METHODS: dict[str, Entry] = {
     "voco": Entry(
-        "pretrain.methods.voco:VoCo",
-        "where a crop lies in the volume",
-        (2, 3),
-        (*_UNETS, "SwinUNETR"),
-        "arXiv:2402.17300",
+        "pretrain.methods.voco:VoCo", "where a crop lies in the volume", (2, 3), _ENCODERS, "arXiv:2402.17300"
     ),
-    "cpc": Entry(
-        "pretrain.methods.cpc:CPC",
-        "which tiles follow below",
-        (2, 3),
-        (*_UNETS, "SwinUNETR"),
-        "arXiv:2006.03829",
-    ),
-    "rpl": Entry(
-        "pretrain.methods.rpl:RPL",
-        "which neighbour of a tile another tile is",
-        (2, 3),
-        (*_UNETS, "SwinUNETR"),
-        "arXiv:2006.03829",
-    ),
+    "cpc": Entry("pretrain.methods.cpc:CPC", "which tiles follow below", (2, 3), _ENCODERS, _TALEB),
+    "rpl": Entry("pretrain.methods.rpl:RPL", "which neighbour of a tile another tile is", (2, 3), _ENCODERS, _TALEB),
     "jigsaw": Entry(
-        "pretrain.methods.jigsaw:Jigsaw",
-        "in which order tiles were shuffled",
+        "pretrain.methods.jigsaw:Jigsaw", "in which order tiles were shuffled", (2, 3), _ENCODERS, _TALEB
+    ),
+    "rotation": Entry("pretrain.methods.rotation:Rotation", "how a crop was turned", (2, 3), _ENCODERS, _TALEB),
+    "exemplar": Entry(
+        "pretrain.methods.exemplar:Exemplar",
+        "which two crops are the same place, seen differently",
         (2, 3),
-        (*_UNETS, "SwinUNETR"),
-        "arXiv:2006.03829",
+        _ENCODERS,
+        _TALEB,
     ),
     "pcrl": Entry(
         "pretrain.methods.pcrl:PCRL", "restore a scan and tell it from others", (2, 3), _UNETS, "arXiv:2109.04379"

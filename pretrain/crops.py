@@ -18,6 +18,11 @@ _AIR_SHARE = 0.9
 _FLAT = 0.05  # of the scan's standard deviation
 
 
+def volume_or_plane(case: Volume, dims: int, rng: np.random.Generator) -> Volume | Plane:
+    """The case itself, or in 2D one of the slices that hold foreground."""
+    return case if dims == 3 else case.plane(int(rng.integers(*case.info.foreground_box[0])))
+
+
 def read_window(
     volume: Volume | Plane, start: Sequence[int], size: Sequence[int]
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:

@@ -25,32 +25,11 @@ from pretrain.methods.voco import (
 )
 from pretrain.methods.voco_geometry import Layout, typical_labels
 from pretrain.optimise import build_optimizer, update_averages
-from pretrain.volumes import CaseInfo
-from tests.tiny import dataset_json, tiny_plan
+from tests.tiny import Array, dataset_json, tiny_plan
 
 STEP = Step("main", 0, 10, 0)
 LABELS = torch.tensor([0.5625, 0.1875, 0.1875, 0.0625, 0, 0, 0, 0, 0])[None, None]
 ANSWERS = torch.tensor([0.5, 0.2, 0.1, 0, 0.3, 0, 0, 0, 0])[None, None]
-
-
-class Array:
-    """A volume in memory."""
-
-    def __init__(self, voxels: np.ndarray, name: str = "a") -> None:
-        shape = voxels.shape[1:]
-        box = tuple((0, n) for n in shape)
-        self.voxels = voxels.astype(np.float32)
-        mean, ones = voxels.mean(0), (1.0,) * len(shape)
-        levels = (float(np.quantile(mean, 0.01)), float(np.quantile(mean, 0.99)))
-        self.info = CaseInfo(
-            name, "memory", shape, ones, ones, len(voxels), box, -1e9, intensity_range=levels, intensity_std=mean.std()
-        )
-
-    def read(self, start: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
-        return self.voxels[(slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))]
-
-    def plane(self, index: int) -> Array:
-        return Array(self.voxels[:, index])
 
 
 def spec_of(layout: Layout, **changes: object) -> VoCoSpec:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK
 
 from planners import paths
+from pretrain.volumes import CaseInfo
 
 DATASET = "Dataset901_Tiny"
 SPACING_MM = (2.5, 1.1, 1.0)  # (z, y, x)
@@ -31,6 +33,41 @@ def tiny_scan(seed: int, channels: int = 1) -> tuple[np.ndarray, np.ndarray]:
         [np.array([0, 60, 140])[labels] * (-1) ** c + 100 + rng.normal(0, 12, shape) for c in range(channels)]
     )
     return image.astype(np.float32), labels
+
+
+class Array:
+    """A volume in memory, (channels, *space), read like `pretrain.volumes.Volume`."""
+
+    def __init__(
+        self,
+        voxels: np.ndarray,
+        name: str = "a",
+        *,
+        spacing: tuple[float, ...] | None = None,
+        original_spacing: tuple[float, ...] | None = None,
+    ) -> None:
+        shape = voxels.shape[1:]
+        self.voxels = voxels.astype(np.float32)
+        mean, plain = voxels.mean(0), spacing or (1.0,) * len(shape)
+        self.info = CaseInfo(
+            id=name,
+            source="memory",
+            shape=shape,
+            spacing=plain,
+            original_spacing=original_spacing or plain,
+            channels=len(voxels),
+            foreground_box=tuple((0, n) for n in shape),
+            foreground_threshold=-1e9,
+            intensity_range=(float(np.quantile(mean, 0.01)), float(np.quantile(mean, 0.99))),
+            intensity_std=float(mean.std()),
+        )
+
+    def read(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        assert all(s >= 0 and s + n <= whole for s, n, whole in zip(start, size, self.info.shape, strict=True))
+        return self.voxels[(slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))]
+
+    def plane(self, index: int) -> Array:
+        return Array(self.voxels[:, index], spacing=self.info.spacing[1:])
 
 
 def write_image(array: np.ndarray, file: Path) -> None:

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from planners.decisions import times
 from planners.errors import PlanError
-from pretrain.crops import best_of, mirrored, read_window, resize, shifted, turned
+from pretrain.crops import best_of, mirrored, read_window, resize, shifted, turned, volume_or_plane
 from pretrain.encoders import encoder_of
 from pretrain.heads import pooled_stages, projector
 from pretrain.method import Batch, Export, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Target, Terms
@@ -39,7 +39,7 @@ from pretrain.methods.voco_geometry import (
     typical_labels,
     valid_bases,
 )
-from pretrain.volumes import CaseInfo, Plane, Volume
+from pretrain.volumes import CaseInfo, Volume
 
 logger = logging.getLogger("autoseg")
 
@@ -382,9 +382,7 @@ def _region(
     spec: VoCoSpec, case: Volume, rng: np.random.Generator
 ) -> tuple[tuple[np.ndarray, list[tuple[int, int]]], float]:
     """The region (channels, *region), the part of it that holds image on each axis, and its share of foreground."""
-    source: Volume | Plane = case
-    if len(spec.spacing) == 2:
-        source = case.plane(int(rng.integers(*case.info.foreground_box[0])))
+    source = volume_or_plane(case, len(spec.spacing), rng)
     if spec.layout.whole:
         box = source.info.foreground_box
         start, size = [low for low, _ in box], [high - low for low, high in box]

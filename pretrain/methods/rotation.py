@@ -1,0 +1,220 @@
+"""Rotation: tell by how many quarters of a circle, and about which axis, a crop was turned.
+
+3D-Rotation of Taleb et al., "3D Self-Supervised Methods for Medical Imaging", NeurIPS 2020, arXiv:2006.03829, after Gidaris,
+Singh, Komodakis, ICLR 2018, arXiv:1803.07728. Consulted: HealthML/self-supervised-3d-tasks
+(self_supervised_3d_tasks/algorithms/rotation.py).
+
+Differs from the authors' code on purpose: volumes are not squeezed into a cube; instead the set of turns follows from the
+voxel sizes of plan and scans (`pretrain.turns`), so that no turn can be told from the texture.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from planners.decisions import times
+from planners.errors import PlanError
+from pretrain.crops import best_of, is_air, volume_or_plane
+from pretrain.encoders import encoder_of
+from pretrain.heads import classifier, last_stage
+from pretrain.method import Batch, Export, PretrainMethod, Stage, Step, Target, Terms
+from pretrain.turns import TurnableCrop, turnable_crop
+from pretrain.volumes import CaseInfo, Volume
+
+logger = logging.getLogger("autoseg")
+
+_FEWEST_CROPS = 4  # of a step
+_SOON = 50  # steps, before which nothing can be said
+_STALLED = 0.98  # of the loss of a uniform answer
+
+
+@dataclass(frozen=True)
+class RotationConfig:
+    """What `--set rotation.NAME=VALUE` can change."""
+
+    steps: Annotated[int, Field(ge=1)] = 50_000
+    """Optimiser steps; the schedule ends with them."""
+    crops: Annotated[int, Field(ge=1)] | None = None
+    """Crops of a batch; none: as many as the plan's batch has, and two batches or more a step where that is less than 4."""
+    turns_per_crop: Annotated[int, Field(ge=1, le=4)] = 1
+    """Different turns of each crop, all in one batch: a steadier loss for more memory."""
+    hidden: Annotated[int, Field(ge=8)] = 512
+    """Width of the layer between the encoder's features and the answer."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of that layer."""
+    intensity: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability of another contrast, brightness and noise for a crop, before it is turned."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Highest rate of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Of AdamW."""
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps in which the rate rises; after it a cosine to zero."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient."""
+
+
+@dataclass(frozen=True)
+class RotationSpec:
+    """What is cut from every volume."""
+
+    crop: TurnableCrop
+    spacing: tuple[float, ...]
+    """mm of the voxels the network sees."""
+    crops: int
+    accumulate: int
+    turns_per_crop: int
+    intensity: float
+
+
+class Rotation(PretrainMethod):
+    """A crop from inside the scan is turned exactly, without interpolation or padding; the network names the turn."""
+
+    Config = RotationConfig
+    presets = {  # noqa: RUF012
+        "default": {},
+        # 300 steps on two cores: minutes
+        "cpu": {"steps": 300, "crops": 8, "hidden": 128},
+    }
+    citation = "Taleb et al.: 3D Self-Supervised Methods for Medical Imaging (NeurIPS 2020, arXiv:2006.03829)"
+
+    @classmethod
+    def plan(cls, target: Target, pool: Sequence[CaseInfo], config: RotationConfig) -> RotationSpec:
+        crop = turnable_crop(target, pool, method="rotation")
+        if config.turns_per_crop > len(crop.turns):
+            raise PlanError(
+                "There are not so many turns",
+                found=f"rotation.turns_per_crop={config.turns_per_crop}",
+                expected=f"at most {len(crop.turns)} with these voxel sizes",
+                remedy="--set rotation.turns_per_crop=1",
+            )
+        crops = config.crops or int(target.settings["batch_size"])
+        dims = target.encoder.spatial_dims
+        logger.info(
+            "Rotation turns crops of %s voxels in %d ways (%s), which guessing gets right in %.3f",
+            times(crop.size),
+            len(crop.turns),
+            ", ".join(turn.name(dims) for turn in crop.turns),
+            1 / len(crop.turns),
+        )
+        if crop.zoom > 1:
+            logger.warning("The scans are small for this network: crops of %s voxels are enlarged", times(crop.cut))
+        return RotationSpec(
+            crop=crop,
+            spacing=tuple(s * c / n for s, c, n in zip(target.spacing, crop.cut, crop.size, strict=True)),
+            crops=crops,
+            accumulate=1 if config.crops else math.ceil(_FEWEST_CROPS / crops),
+            turns_per_crop=config.turns_per_crop,
+            intensity=config.intensity,
+        )
+
+    @staticmethod
+    def draw(
+        spec: RotationSpec, pool: Sequence[CaseInfo], rng: np.random.Generator, step: Step
+    ) -> list[tuple[str, list[int]]]:
+        """Each crop with the numbers of its turns, every turn equally likely."""
+        cases = rng.choice(len(pool), spec.crops, replace=spec.crops > len(pool))
+        return [
+            (pool[case].id, rng.choice(len(spec.crop.turns), spec.turns_per_crop, replace=False).tolist())
+            for case in cases
+        ]
+
+    @staticmethod
+    def sample(
+        spec: RotationSpec, case: Volume, parameters: list[int], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """One crop, turned in several ways.
+
+        Returns:
+            crops (turns, channels, *size), turns (turns,): their classes, valid (turns,): whether there is something to see.
+        """
+        source = volume_or_plane(case, len(spec.spacing), rng)
+
+        def one() -> tuple[np.ndarray, float]:
+            crop, large_enough = spec.crop.read(source, rng)
+            return crop, float(large_enough and not is_air(crop, source.info))
+
+        crop, usable = best_of(10, one, 1.0)
+        if rng.random() < spec.intensity:
+            crop = _other_scanner(crop, rng)
+        return {
+            "crops": np.stack([spec.crop.turns[number](crop) for number in parameters]),
+            "turns": np.array(parameters),
+            "valid": np.full(len(parameters), bool(usable)),
+        }
+
+    def __init__(self, network: nn.Module, spec: RotationSpec, config: RotationConfig) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.encoder = encoder_of(network)
+        self.head = classifier(self.encoder.output_channels[-1], config.hidden, len(spec.crop.turns), config.dropout)
+
+    def stages(self) -> Sequence[Stage]:
+        config = self.config
+        return [
+            Stage(
+                "main",
+                learning_rate=config.learning_rate,
+                weight_decay=config.weight_decay,
+                warm_up=config.warm_up,
+                clip_norm=config.clip_norm,
+                accumulate=self.spec.accumulate,
+            )
+        ]
+
+    def answers(self, crops: Tensor) -> Tensor:
+        """Logits (N, turns) of crops (N, channels, *size)."""
+        return self.head(last_stage(self.encoder, crops)).float()
+
+    def loss(self, batch: Batch, step: Step) -> Terms:
+        """Cross entropy of the turns; metric `acc`."""
+        valid = batch["valid"].flatten()
+        return turn_terms(self.answers(batch["crops"].flatten(0, 1)), batch["turns"].flatten(), valid)
+
+    def chance(self) -> Mapping[str, float]:
+        return {"acc": 1 / len(self.spec.crop.turns)}
+
+    def diagnose(self, recent: Mapping[str, float], step: Step) -> str | None:
+        uniform = math.log(len(self.spec.crop.turns))
+        if step.progress < 0.1 or step.index < _SOON or recent["loss"] < _STALLED * uniform:
+            return None
+        return (
+            f"Rotation does not tell turns apart yet: the loss is {recent['loss']:.3f}, equal answers give {uniform:.3f}. If "
+            "it stays so, the crops may show too little or look alike from all sides; scans must be oriented alike"
+        )
+
+    @torch.no_grad()
+    def picture(self, batch: Batch) -> Any:
+        from pretrain.methods.rotation_picture import draw_task
+
+        return draw_task(self.spec, batch, self.answers(batch["crops"].flatten(0, 1)).softmax(1))
+
+    def export(self) -> Export:
+        return Export(self.encoder, "encoder")
+
+
+def turn_terms(logits: Tensor, turns: Tensor, valid: Tensor) -> Terms:
+    """Mean cross entropy and accuracy over the valid rows of logits (N, classes) for classes `turns` (N,); 0 without any."""
+    count = valid.sum().clamp(min=1)
+    loss = (functional.cross_entropy(logits, turns, reduction="none") * valid).sum() / count
+    return {"loss": loss, "acc": ((logits.argmax(1) == turns) & valid).sum() / count}
+
+
+def _other_scanner(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Gain 0.8 to 1.25, offset up to a tenth and noise up to a twentieth of each channel's standard deviation."""
+    per_channel = (len(crop), *[1] * (crop.ndim - 1))
+    space = tuple(range(1, crop.ndim))
+    mean, std = crop.mean(space, keepdims=True), crop.std(space, keepdims=True)
+    gain, offset = rng.uniform(0.8, 1.25, per_channel), rng.uniform(-0.1, 0.1, per_channel)
+    noise = rng.uniform(0, 0.05) * rng.standard_normal(crop.shape, np.float32)
+    return (mean + (crop - mean) * gain + std * (offset + noise)).astype(np.float32)
