@@ -36,9 +36,7 @@ METHODS: dict[str, Entry] = {
     ),
     "cpc": Entry("pretrain.methods.cpc:CPC", "which tiles follow below", (2, 3), _ENCODERS, _TALEB),
     "rpl": Entry("pretrain.methods.rpl:RPL", "which neighbour of a tile another tile is", (2, 3), _ENCODERS, _TALEB),
-    "jigsaw": Entry(
-        "pretrain.methods.jigsaw:Jigsaw", "in which order tiles were shuffled", (2, 3), _ENCODERS, _TALEB
-    ),
+    "jigsaw": Entry("pretrain.methods.jigsaw:Jigsaw", "in which order tiles were shuffled", (2, 3), _ENCODERS, _TALEB),
     "rotation": Entry("pretrain.methods.rotation:Rotation", "how a crop was turned", (2, 3), _ENCODERS, _TALEB),
     "exemplar": Entry(
         "pretrain.methods.exemplar:Exemplar",
