@@ -50,6 +50,8 @@ def show_montage(
             axis.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=colours[number], lw=1.6))
     low, high = np.nanquantile(canvas, [0.01, 0.99])
     axis.imshow(canvas, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+    axis.set_xlim(-0.5 - gap, canvas.shape[1] - 0.5 + gap)  # room for the frames
+    axis.set_ylim(canvas.shape[0] - 0.5 + gap, -0.5 - gap)
     axis.set_axis_off()
     axis.set_title(title, fontsize=9)
 

@@ -228,3 +228,14 @@ def test_the_picture_shows_what_is_expected(dims: int, row_axis: int) -> None:
     titles = [axis.get_title() for axis in model.picture(batch_of(model)).axes]
     asked = 2 * math.prod(model.spec.columns)
     assert sum(f"of {asked} right" in title for title in titles) == 2
+
+
+def test_a_picture_needs_no_other_process() -> None:
+    """Only the first of several processes draws: waiting for the others would never end."""
+
+    def fails(tensor: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("gathered")
+
+    model = tiny_model()
+    model.gather = fails
+    model.picture(batch_of(model))

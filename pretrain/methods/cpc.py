@@ -193,19 +193,19 @@ class CPC(PretrainMethod):
         return last[0].unflatten(0, sequences.shape[:2])
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all processes: predicted and true vectors (volumes, rows below, columns, D), and which are not air."""
+        """Of this process: predicted and true vectors (volumes, rows below, columns, D), and which are not air."""
         z = self.embed(batch)
         contexts = self.contexts(z)
         predicted = torch.stack([predictor(contexts) for predictor in self.predictors], 1)
         valid = batch["valid"].unflatten(1, (self.spec.rows, -1))[:, self.spec.known :]
-        below = z[:, self.spec.known :].float()
-        return self.gather(predicted.float()), self.gather(below), self.gather(valid.to(torch.uint8)).bool()
+        return predicted.float(), z[:, self.spec.known :].float(), valid
 
     def loss(self, batch: Batch, step: Step) -> Terms:
-        """InfoNCE, and `acc`: how often the true tile is the most similar."""
-        places = self.predict(batch)
+        """InfoNCE over the tiles of all processes, and `acc`: how often the true tile is the most similar."""
+        predicted, true, valid = self.predict(batch)
+        joint = self.gather(predicted), self.gather(true), self.gather(valid.to(torch.uint8)).bool()
         with torch.autocast(batch["tiles"].device.type, enabled=False):
-            loss, acc = row_loss(*places, self.config.temperature)
+            loss, acc = row_loss(*joint, self.config.temperature)
         return {"loss": loss, "acc": acc}
 
     def chance(self) -> Mapping[str, float]:

@@ -36,9 +36,9 @@ def draw_task(spec: CPCSpec, batch: Batch, predicted: Tensor, true: Tensor, vali
         frames: list[str | None] = [None] * total
         right, asked = 0, 0
         for below in range(predicted.shape[1]):
-            candidates = functional.normalize(true[: len(tiles), below].flatten(0, 1), dim=-1)
+            candidates = functional.normalize(true[:, below].flatten(0, 1), dim=-1)
             scores = functional.normalize(predicted[volume, below], dim=-1) @ candidates.T
-            allowed = valid[: len(tiles), below].flatten()
+            allowed = valid[:, below].flatten()
             chosen = scores.masked_fill(~allowed, -torch.inf).argmax(1).tolist()
             for column, answer in enumerate(chosen):
                 if not valid[volume, below, column]:
