@@ -36,6 +36,27 @@ METHODS: dict[str, Entry] = {
         (*_UNETS, "SwinUNETR"),
         "arXiv:2402.17300",
     ),
+    "cpc": Entry(
+        "pretrain.methods.cpc:CPC",
+        "which tiles follow below",
+        (2, 3),
+        (*_UNETS, "SwinUNETR"),
+        "arXiv:2006.03829",
+    ),
+    "rpl": Entry(
+        "pretrain.methods.rpl:RPL",
+        "which neighbour of a tile another tile is",
+        (2, 3),
+        (*_UNETS, "SwinUNETR"),
+        "arXiv:2006.03829",
+    ),
+    "jigsaw": Entry(
+        "pretrain.methods.jigsaw:Jigsaw",
+        "in which order tiles were shuffled",
+        (2, 3),
+        (*_UNETS, "SwinUNETR"),
+        "arXiv:2006.03829",
+    ),
     "rotation": Entry(
         "pretrain.methods.rotation:Rotation",
         "how a crop was turned",
@@ -45,7 +66,7 @@ METHODS: dict[str, Entry] = {
     ),
     "exemplar": Entry(
         "pretrain.methods.exemplar:Exemplar",
-        "which two crops are the same place, seen differently",
+        "which two views show the same place",
         (2, 3),
         (*_UNETS, "SwinUNETR"),
         "arXiv:2006.03829",

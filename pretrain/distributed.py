@@ -14,6 +14,11 @@ def several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def processes() -> int:
+    """How many there are."""
+    return distributed.get_world_size() if several() else 1
+
+
 def gather(tensor: Tensor) -> Tensor:
     """Concatenate (n, …) of every process to (processes · n, …), differentiably; n must be the same everywhere.
 

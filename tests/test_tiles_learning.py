@@ -1,0 +1,133 @@
+"""Do RPL, the jigsaw and CPC learn, from anatomy and from nothing else? Minutes, so `pytest -m slow`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import nn
+
+from pretrain.classes import class_loss
+from pretrain.encoders import build_segmentation_network
+from pretrain.method import Batch, PretrainMethod, Step, Terms
+from pretrain.methods.cpc import CPC, CPCConfig, CPCSpec, row_loss
+from pretrain.methods.jigsaw import Jigsaw, JigsawConfig, JigsawSpec
+from pretrain.methods.rpl import RPL, RPLConfig, RPLSpec
+from pretrain.optimise import build_optimizer, rate_factor
+from pretrain.tiles import BatchSize, TileGrid
+from tests.tiny import Array, dataset_json, tiny_plan
+
+SHAPE = (33, 46, 33)
+LAST = 25  # steps whose mean counts
+
+
+def volumes(count: int, seed: int) -> list[Array]:
+    """Blobs with a texture each at places that all volumes share, moved by 2 % of the size, in noise."""
+    anatomy = np.random.default_rng(7)
+    centres = anatomy.uniform(0.05, 0.95, (24, 3))
+    directions = anatomy.normal(size=(24, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    waves = directions * anatomy.uniform(20, 60, (24, 1))
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*[(np.arange(n) + 0.5) / n for n in SHAPE], indexing="ij"), -1)
+    made = []
+    for number in range(count):
+        voxels = rng.normal(0, 0.1, SHAPE)
+        for centre, wave in zip(centres, waves, strict=True):
+            offset = grid - centre - rng.normal(0, 0.02, 3)
+            voxels += np.exp(-(offset**2).sum(-1) / (2 * 0.15**2)) * np.sin(offset @ wave)
+        made.append(Array(voxels[None], f"v{number}"))
+    return made
+
+
+def smooth_noise(count: int, seed: int) -> list[Array]:
+    """Volumes without anatomy: only an edge that goes on in the next tile could tell where that lies."""
+    rng = np.random.default_rng(seed)
+    return [Array(gaussian_filter(rng.normal(size=SHAPE), 4)[None], f"n{number}") for number in range(count)]
+
+
+def network(seed: int) -> nn.Module:
+    plan = tiny_plan()
+    plan["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= {
+        "features_per_stage": [8, 16, 32],
+        "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+        "kernel_sizes": [[3, 3, 3]] * 3,
+        "n_blocks_per_stage": [1, 1, 1],
+    }
+    torch.manual_seed(seed)
+    return build_segmentation_network(plan, "3d_fullres", dataset_json())
+
+
+def tiles(grid: tuple[int, ...], cell: tuple[int, ...]) -> TileGrid:
+    return TileGrid(grid, cell, (9, 9, 9), (12, 12, 12))
+
+
+def make(name: str, seed: int) -> tuple[PretrainMethod, int]:
+    """The method and its number of volumes a batch."""
+    if name == "rpl":
+        spec = RPLSpec(tiles((3, 3, 3), (11, 15, 11)), BatchSize(4, 1, 10_000), 4)
+        return RPL(network(seed), spec, RPLConfig(**RPL.presets["cpu"])), 4
+    if name == "jigsaw":
+        puzzle = JigsawSpec(tiles((2, 2, 2), (12, 12, 12)), BatchSize(8, 1, 10_000), 12, 2)
+        return Jigsaw(network(seed), puzzle, JigsawConfig(**Jigsaw.presets["cpu"])), 8
+    rows = CPCSpec(tiles((3, 4, 3), (11, 11, 11)), BatchSize(2, 1, 10_000), 1)
+    return CPC(network(seed), rows, CPCConfig(**CPC.presets["cpu"])), 2
+
+
+def terms_of(method: PretrainMethod, batch: Batch, step: Step, shuffle: np.random.Generator | None) -> Terms:
+    """The method's loss, or with the answers exchanged among the questions."""
+    if shuffle is None:
+        return method.loss(batch, step)
+    if isinstance(method, CPC):
+        predicted, true, valid = method.predict(batch)
+        order = torch.from_numpy(shuffle.permutation(true.shape[0] * true.shape[2]))
+        true = true.transpose(1, 2).flatten(0, 1)[order].unflatten(0, (true.shape[0], true.shape[2])).transpose(1, 2)
+        loss, acc = row_loss(predicted, true, valid, method.config.temperature)
+    else:
+        assert isinstance(method, RPL | Jigsaw)
+        labels = batch["labels"].flatten()[torch.from_numpy(shuffle.permutation(batch["labels"].numel()))]
+        loss, acc = class_loss(method.answers(batch), labels.view_as(batch["labels"]), batch["valid"])
+    return {"loss": loss, "acc": acc}
+
+
+def learn(
+    name: str,
+    seed: int,
+    steps: int,
+    learned: list[Array],
+    held_out: list[Array],
+    *,
+    shuffled: bool = False,
+) -> dict[str, float]:
+    """Mean loss and accuracy of the last 25 steps, and of held-out volumes."""
+    method, count = make(name, seed)
+    rng = np.random.default_rng([seed, 1])
+
+    def batch_of(cases: list[Array], rng: np.random.Generator) -> Batch:
+        chosen = rng.choice(len(cases), count, replace=count > len(cases))
+        return method.collate([method.sample(method.spec, cases[i], None, rng) for i in chosen])  # type: ignore[arg-type,attr-defined]
+
+    stage = method.stages()[0]
+    optimizer = build_optimizer(stage, method.parameter_groups(stage))
+    done: list[tuple[float, float]] = []
+    for index in range(steps):
+        step = Step("main", index, steps, index)
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate * rate_factor(stage, step)
+        terms = terms_of(method, batch_of(learned, rng), step, rng if shuffled else None)
+        terms["loss"].backward()
+        nn.utils.clip_grad_norm_(method.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        done.append((float(terms["loss"]), float(terms["acc"])))
+    method.eval()
+    fixed = np.random.default_rng(99)
+    with torch.no_grad():
+        measured = [method.loss(batch_of(held_out, fixed), step) for _ in range(40)]
+    loss, acc = np.mean(done[-LAST:], axis=0)
+    return {
+        "loss": float(loss),
+        "acc": float(acc),
+        "held_out_loss": float(np.mean([float(t["loss"]) for t in measured])),
+        "held_out_acc": float(np.mean([float(t["acc"]) for t in measured])),
+    }
