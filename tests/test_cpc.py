@@ -15,8 +15,7 @@ from pretrain.method import Step
 from pretrain.methods.cpc import CPC, CPCConfig, CPCSpec, choose_row_axis, context_sequences, row_loss
 from pretrain.tiles import BatchSize, TileGrid
 from tests.test_tiles import coordinates, starts_of, tiny_target
-from tests.test_voco import Array
-from tests.tiny import dataset_json, tiny_plan
+from tests.tiny import Array, dataset_json, tiny_plan
 
 STEP = Step("main", 0, 10, 0)
 

@@ -17,8 +17,7 @@ from pretrain.methods.jigsaw import Jigsaw, JigsawConfig, JigsawSpec, permutatio
 from pretrain.methods.jigsaw_permutations import affine_permutations, choose_permutations, smallest_distance
 from pretrain.tiles import BatchSize, TileGrid
 from tests.test_tiles import tiny_target
-from tests.test_voco import Array
-from tests.tiny import dataset_json, tiny_plan
+from tests.tiny import Array, dataset_json, tiny_plan
 
 STEP = Step("main", 0, 10, 0)
 

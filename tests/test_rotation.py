@@ -8,11 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from planners.errors import PlanError
 from pretrain.encoders import build_segmentation_network, encoder_info
 from pretrain.method import Step, Target
-from pretrain.methods.rotation import Rotation, RotationConfig, RotationSpec, turn_terms
+from pretrain.methods.rotation import Rotation, RotationConfig, RotationSpec
 from pretrain.planes import middle_planes
 from pretrain.turns import TURNS, TurnableCrop, turns_of
 from tests.tiny import Array, dataset_json, tiny_plan
@@ -26,19 +27,20 @@ def noise(*shape: int) -> Array:
     return Array(np.random.default_rng(0).normal(size=shape))
 
 
-def test_equal_answers_cost_the_logarithm_of_the_classes() -> None:
-    for classes, expected in ((10, 2.302585), (6, math.log(6)), (4, math.log(4))):
-        logits = torch.zeros(3, classes)
-        terms = turn_terms(logits, torch.tensor([0, 1, 3]), torch.ones(3, dtype=torch.bool))
-        assert float(terms["loss"]) == pytest.approx(expected, abs=1e-6)
+def test_equal_answers_cost_the_logarithm_of_the_turns() -> None:
+    rotation = model()
+    nn.init.zeros_(rotation.head[-1].weight)
+    nn.init.zeros_(rotation.head[-1].bias)
+    samples = [Rotation.sample(SPEC, noise(1, 12, 12, 12), [n], np.random.default_rng(n)) for n in (0, 4)]
+    assert float(rotation.loss(rotation.collate(samples), STEP)["loss"]) == pytest.approx(2.302585, abs=1e-6)  # ln 10
 
 
 def test_crops_that_do_not_count_change_nothing() -> None:
-    logits, turns = torch.randn(4, 6), torch.tensor([0, 5, 2, 2])
-    valid = torch.tensor([True, False, True, False])
-    some, alone = turn_terms(logits, turns, valid), turn_terms(logits[valid], turns[valid], valid[valid])
-    assert {k: float(v) for k, v in some.items()} == pytest.approx({k: float(v) for k, v in alone.items()})
-    assert float(turn_terms(logits, turns, ~valid & valid)["loss"]) == 0
+    rotation = model().eval()
+    samples = [Rotation.sample(SPEC, noise(1, 12, 12, 12), [n], np.random.default_rng(n)) for n in (0, 4)]
+    samples[1]["valid"][:] = False
+    both, one = (rotation.loss(rotation.collate(some), STEP) for some in (samples, samples[:1]))
+    assert {k: float(v) for k, v in both.items()} == pytest.approx({k: float(v) for k, v in one.items()}, abs=1e-5)
 
 
 def test_a_view_is_a_turned_crop_and_nothing_else() -> None:
@@ -121,7 +123,7 @@ def model(turns: tuple = TURNS) -> Rotation:
 def test_a_run_that_learns_nothing_is_told() -> None:
     rotation = model()
     late, stuck = Step("main", 100, 200, 100), {"loss": 2.302, "acc": 0.1}
-    assert "does not tell turns apart" in str(rotation.diagnose(stuck, late))
+    assert "no better than guessing" in str(rotation.diagnose(stuck, late))
     assert rotation.diagnose(stuck, Step("main", 5, 200, 5)) is None
     assert rotation.diagnose({**stuck, "loss": 2.1}, late) is None
     assert model(turns_of(3, (1, 2))).chance()["acc"] == pytest.approx(1 / 6)

@@ -14,8 +14,7 @@ from pretrain.method import Step
 from pretrain.methods.rpl import RPL, RPLConfig, RPLSpec, neighbour_index, neighbour_offset
 from pretrain.tiles import BatchSize, TileGrid
 from tests.test_tiles import coordinates, tiny_target
-from tests.test_voco import Array
-from tests.tiny import dataset_json, tiny_plan
+from tests.tiny import Array, dataset_json, tiny_plan
 
 STEP = Step("main", 0, 10, 0)
 CUBE, FLAT, PLANE = (3, 3, 3), (1, 3, 3), (3, 3)

@@ -26,8 +26,7 @@ from pretrain.tiles import (
     tile_features,
     typical_shape,
 )
-from tests.test_voco import Array
-from tests.tiny import dataset_json, tiny_plan
+from tests.tiny import Array, dataset_json, tiny_plan
 
 HIPPOCAMPUS = ((8, 8, 8), (40, 56, 40), (36, 50, 36))
 THICK_SLICES = ((4, 64, 64), (20, 320, 256), (20, 320, 256))

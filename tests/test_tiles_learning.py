@@ -15,8 +15,7 @@ from pretrain.methods.jigsaw import Jigsaw, JigsawConfig, JigsawSpec
 from pretrain.methods.rpl import RPL, RPLConfig, RPLSpec
 from pretrain.optimise import build_optimizer, rate_factor
 from pretrain.tiles import BatchSize, TileGrid
-from tests.test_voco import Array
-from tests.tiny import dataset_json, tiny_plan
+from tests.tiny import Array, dataset_json, tiny_plan
 
 SHAPE = (33, 46, 33)
 LAST = 25  # steps whose mean counts

@@ -18,8 +18,7 @@ from pretrain.method import Batch, Step
 from pretrain.methods.voco import VoCo, VoCoConfig, VoCoSpec
 from pretrain.methods.voco_geometry import Layout
 from pretrain.optimise import build_optimizer, rate_factor, update_averages
-from tests.test_voco import Array
-from tests.tiny import dataset_json, tiny_plan
+from tests.tiny import Array, dataset_json, tiny_plan
 
 SHAPE = (16, 48, 48)
 STEPS = 60
