@@ -1,6 +1,21 @@
 """Does PCRL learn? The specification's learning check (§4): minutes, so `pytest -m slow`.
 
-PLACEHOLDER
+Twenty-four synthetic scans of 24³, crops of 16³ with three boxes of noise, eight scans a step, 220 steps, a queue of 64. Asked
+of mode `paper`: contrast of the last 20 steps at most 0.75 ln 65 = 3.13; the other crop of a scan found among 24 in 0.6 of the
+cases and 0.1 more often than by an untrained network's centred features (chance 0.04); restoration of crops as they are within
+0.45 of their variance; each restoration loss down by 15 %; mirrored targets restored better than a copy would. Without the
+running norm the other crop must not be found.
+
+Measured, seed 0 (CPU seconds: paper 40, official 62):
+
+| | contrast | found (untrained) | as it is / variance | ordinary, momentum, hybrid | mirrored (copy) |
+|---|---|---|---|---|---|
+| paper | 1.59 | 0.80 (0.30) | 0.38 / 1.28 = 0.30 | -35 %, -28 %, -30 % | 1.32 (2.05) |
+| official | (noise) 3.16 | 0.91 (0.35) | 0.39 / 1.30 = 0.30 | -17 %, none, -20 % | 1.41 (1.96) |
+| paper without running norm | 3.81 | 0.18 (0.30) | | | |
+
+v2 (two small views): restoration loss 1.63 to 0.75, 0.37 of the variance explained (chance 0), compare -0.04 to -0.62 (best -1),
+compare_local -0.06 to -0.17. With statistics of the steps before instead of the batch's, compare rose to +0.28.
 """
 
 from __future__ import annotations

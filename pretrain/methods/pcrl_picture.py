@@ -18,16 +18,16 @@ class Panel(NamedTuple):
 
 
 def draw_panels(cases: Sequence[list[list[Panel]]], spacing: Sequence[float], title: str) -> Figure:
-    """Cases beside each other, their rows below each other. Every third panel is an answer to the one before it: its
-    share of explained variance is added to its title where that stands for a target of the same size."""
+    """Cases beside each other, their rows below each other. A title that begins with `restored` gets the share of variance
+    that the panel explains of the one before it. The second panel of a case is a target and decides black and white."""
     rows, columns = len(cases[0]), max(len(row) for row in cases[0])
     figure = Figure(figsize=(2.3 * columns * len(cases), 2.6 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns * len(cases), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for number, case in enumerate(cases):
+        scale = _limits(case[0][1].image)
         for row, panels in enumerate(case):
-            scale = _limits(panels)
             for column, panel in enumerate(panels):
                 text = panel.title
                 if panel.title.startswith("restored"):
@@ -45,9 +45,9 @@ def _show(axis: Any, image: Tensor, title: str, limits: tuple[float, float], spa
     axis.set_title(title, fontsize=8)
 
 
-def _limits(panels: Sequence[Panel]) -> tuple[float, float]:
-    """Black and white of a row: the percentiles of the target, which stands second."""
-    values = panels[min(1, len(panels) - 1)].image[0].float().cpu().numpy()
+def _limits(target: Tensor) -> tuple[float, float]:
+    """Black and white of a case: percentiles of its first target."""
+    values = target[0].float().cpu().numpy()
     low, high = np.quantile(values, [0.01, 0.99])
     return float(low), float(max(high, low + 1e-6))
 
