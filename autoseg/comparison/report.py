@@ -154,7 +154,7 @@ def _markdown(design: Design, lines: Sequence[Line], failures: Mapping[str, str]
         "with replacement, independently of each other, and the differences of the drawn seeds × cases are averaged.",
         '- "No difference shown": the interval holds 0. That is not proof that there is none.',
         "- Epochs to 90 %: first epoch whose Dice of validation patches is at least 90 % of what scratch ends with at the "
-        'same fold, seed and labels; median ("never" where most did not), and how many trainings got there.',
+        'same fold, seed and labels; median ("never" where half or more did not), and how many trainings got there.',
         "- Pretraining and training: mean time of one run as it was, other work on the machine included.",
         *(f"- {note}" for note in notes),
     ]
