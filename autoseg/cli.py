@@ -261,7 +261,7 @@ def evaluate(
     """Dice, NSD and HD95 per case and structure."""
     begin(root)
     from autoseg import commands
-    from autoseg.evaluate import print_evaluation
+    from autoseg.evaluation import print_evaluation
 
     result = commands.evaluate(predictions, references, dataset, tolerance_mm=tolerance_mm, workers=workers, root=root)
     print_evaluation(result)

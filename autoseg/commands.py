@@ -16,7 +16,7 @@ from planners.errors import DatasetError, SettingsError
 if TYPE_CHECKING:
     from autoseg.comparison.budget import Forecast
     from autoseg.comparison.run import Comparison
-    from autoseg.evaluate import Evaluation
+    from autoseg.evaluation import Evaluation
     from planners.planner import PlannedPair
     from planners.verify import Problem
     from pretrain.fit import Fit
@@ -223,7 +223,7 @@ def evaluate(
 ) -> Evaluation:
     """Dice, NSD and HD95 per case and structure; writes metrics.csv and metrics.json beside the predictions."""
     paths.configure(root)
-    from autoseg.evaluate import evaluate as run
+    from autoseg.evaluation import evaluate as run
 
     return run(Path(predictions), Path(references), dataset, tolerance_mm=tolerance_mm, workers=workers)
 
@@ -302,7 +302,7 @@ def compare(
 
 def demo(root: str | Path = "autoseg_demo") -> Path:
     """The main job on phantoms, offline: plan, pretrain, train, predict, evaluate. Returns the overlay picture."""
-    from autoseg.demo import run_demo
+    from autoseg.demonstration import run_demo
 
     return run_demo(Path(root))
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from autoseg.demo import run_demo
+from autoseg.demonstration import run_demo
 from autoseg.overlay import draw_overlay
 from planners import paths
 from planners.errors import DatasetError

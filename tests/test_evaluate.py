@@ -9,7 +9,7 @@ import pytest
 import SimpleITK
 from rich.console import Console
 
-from autoseg.evaluate import evaluate, print_evaluation
+from autoseg.evaluation import evaluate, print_evaluation
 from planners import paths
 from planners.errors import DatasetError
 from tests.tiny import DATASET, write_tiny_dataset

@@ -21,7 +21,8 @@ from pretrain.importers.weights import Weights
 from pretrain.networks.registry import build_network
 from pretrain.transfer import TransferReport, distinct
 from tests.tiny import DATASET, SPACING_MM, write_tiny_dataset
-from trainers.train import prepare, train
+from trainers.job import prepare
+from trainers.train import train
 
 PLAN = "autosegPlans_cpu"
 SWIN = {

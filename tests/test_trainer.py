@@ -19,7 +19,8 @@ from pretrain.encoders import build_segmentation_network, encoder_of
 from tests.tiny import DATASET, dataset_json, tiny_plan, write_tiny_dataset, write_tiny_plan
 from trainers import base
 from trainers.checkpoint import load_checkpoint
-from trainers.train import prepare, train
+from trainers.job import prepare
+from trainers.train import train
 
 SHORT = {"epochs": 3, "iterations": 3}
 

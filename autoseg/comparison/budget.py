@@ -38,8 +38,9 @@ from pretrain.runs import is_finished as is_pretrained
 from pretrain.settings import configure
 from trainers.base import AutosegTrainer
 from trainers.data import environment
+from trainers.job import prepare
 from trainers.runs import FINAL
-from trainers.train import is_finished, prepare
+from trainers.train import is_finished
 
 logger = logging.getLogger("autoseg")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from autoseg import commands
 from autoseg.console import print_plans
-from autoseg.evaluate import print_evaluation
+from autoseg.evaluation import print_evaluation
 from autoseg.overlay import draw_overlay
 from autoseg.phantoms import MADE_BY, made_by_demo, write_phantoms
 from planners import paths
