@@ -300,14 +300,6 @@ def test_crops_that_do_not_count_change_nothing() -> None:
     assert {k: float(v) for k, v in before.items()} == {k: float(v) for k, v in after.items()}
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("dims", [3, 2])
-def test_one_or_several_channels_in_3d_and_2d(channels: int, dims: int) -> None:
-    model = tiny_model(channels=channels, dims=dims)
-    terms = model.loss(random_batch(model, channels=channels), STEP)
-    assert torch.isfinite(terms["loss"])
-
-
 def test_a_run_that_learns_nothing_is_told() -> None:
     model = tiny_model()
     late = Step("main", 100, 200, 100)
