@@ -14,8 +14,8 @@ Measured, seed 0 (CPU seconds: paper 40, official 62):
 | official | (noise) 3.16 | 0.91 (0.35) | 0.39 / 1.30 = 0.30 | -17 %, none, -20 % | 1.41 (1.96) |
 | paper without running norm | 3.81 | 0.18 (0.30) | | | |
 
-v2 (two small views): restoration loss 1.63 to 0.75, 0.37 of the variance explained (chance 0), compare -0.04 to -0.62 (best -1),
-compare_local -0.06 to -0.17. With statistics of the steps before instead of the batch's, compare rose to +0.28.
+v2 (two small views): restoration loss 1.63 to 0.75, 0.37 of the variance explained (chance 0), compare -0.04 to -0.62 (best
+-1), compare_local -0.06 to -0.17. With statistics of the steps before instead of the batch's, compare rose to +0.28.
 """
 
 from __future__ import annotations
