@@ -1,8 +1,23 @@
-"""Do RPL, the jigsaw and CPC learn, from anatomy and from nothing else? Minutes, so `pytest -m slow`."""
+"""Do RPL, the jigsaw and CPC learn, from anatomy and from nothing else? Minutes, so `pytest -m slow`.
+
+Sixteen synthetic volumes to learn from, four to measure on, a network of stride 4, tiles of 9 voxels enlarged to 12. Measured
+with seed 0, held-out accuracy beside chance (threshold; 12 to 32 s of wall time each, on a busy machine):
+
+    rpl, 200 steps       0.855, chance 0.038 (0.09); answers drawn at random 0.039; smooth noise 0.050 (0.088)
+    jigsaw, 100 steps    0.878, chance 0.083 (0.20); answers drawn at random 0.083; smooth noise 0.128 (0.133)
+    cpc, 100 steps       0.518, chance 0.056 (0.15); partners shuffled 0.058
+
+The jigsaw on smooth noise is close to its limit and four standard deviations above chance: some of it is told by what goes on
+from tile to tile, because its gaps are 0 to 6 voxels wide and the noise is smooth over 4. RPL's accuracy on the noise it learns
+from is 0.13: sixteen volumes are remembered.
+
+With answers exchanged within the batch instead of drawn anew, RPL's control reached 0.077: one in sixteen kept its own.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from torch import nn
@@ -75,7 +90,7 @@ def make(name: str, seed: int) -> tuple[PretrainMethod, int]:
 
 
 def terms_of(method: PretrainMethod, batch: Batch, step: Step, shuffle: np.random.Generator | None) -> Terms:
-    """The method's loss, or with the answers exchanged among the questions."""
+    """The method's loss, or with answers that have nothing to do with the questions."""
     if shuffle is None:
         return method.loss(batch, step)
     if isinstance(method, CPC):
@@ -85,8 +100,10 @@ def terms_of(method: PretrainMethod, batch: Batch, step: Step, shuffle: np.rando
         loss, acc = row_loss(predicted, true, valid, method.config.temperature)
     else:
         assert isinstance(method, RPL | Jigsaw)
-        labels = batch["labels"].flatten()[torch.from_numpy(shuffle.permutation(batch["labels"].numel()))]
-        loss, acc = class_loss(method.answers(batch), labels.view_as(batch["labels"]), batch["valid"])
+        # Drawn anew: a permutation of sixteen would leave one in sixteen its own answer, more than chance among 26.
+        answers = method.answers(batch)
+        labels = torch.from_numpy(shuffle.integers(answers.shape[-1], size=tuple(batch["labels"].shape)))
+        loss, acc = class_loss(answers, labels, batch["valid"])
     return {"loss": loss, "acc": acc}
 
 
