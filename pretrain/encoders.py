@@ -58,18 +58,6 @@ def encoder_of(network: nn.Module) -> Any:
     return encoder
 
 
-def wake_residual_branches(encoder: nn.Module) -> None:
-    """Give the norms that start at zero a weight of one.
-
-    nnU-Net begins with residual branches that contribute nothing. What is then left of an image in the mean of the deepest map
-    hardly depends on the image, and a task that must be solved from it starts slowly. Weights that were loaded stay.
-    """
-    for module in encoder.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 1 and not weight.any():
-            nn.init.ones_(weight)
-
-
 def encoder_info(plan: dict, configuration: str, dataset_json: dict) -> EncoderInfo:
     """Channels, features and strides of a configuration's encoder; no memory is spent on weights."""
     with torch.device("meta"):

@@ -120,6 +120,18 @@ def model(turns: tuple = TURNS) -> Rotation:
     return Rotation(network, spec, RotationConfig(hidden=8))
 
 
+def test_no_residual_branch_starts_asleep_and_learned_weights_stay() -> None:
+    torch.manual_seed(0)
+    network = build_segmentation_network(tiny_plan(), "3d_fullres", dataset_json())
+    norms = [m.weight for m in network.encoder.modules() if isinstance(m, nn.InstanceNorm3d)]
+    asleep = [not weight.any() for weight in norms]
+    assert any(asleep)
+    nn.init.constant_(norms[0], 0.3)
+    Rotation(network, SPEC, RotationConfig(hidden=8))
+    assert all(weight.any() for weight in norms)
+    assert norms[0].unique().tolist() == pytest.approx([0.3])
+
+
 def test_a_run_that_learns_nothing_is_told() -> None:
     rotation = model()
     late, stuck = Step("main", 100, 200, 100), {"loss": 2.302, "acc": 0.1}

@@ -1,4 +1,10 @@
-"""Does rotation learn, and nothing but anatomy? Minutes, so `pytest -m slow`."""
+"""Does rotation learn, and nothing but anatomy? Minutes, so `pytest -m slow`.
+
+Cubes of 24 from synthetic scans of one body, 16 to learn from and 4 to measure on; 8 crops a step, 100 steps, chance 0.10.
+To pass: 0.30, in the last 25 steps and held out. Measured, 20 CPU seconds each: seed 0 0.63, held out 0.68; seed 1 0.77 and
+0.77. Held out after learning shuffled turns 0.125, after learning on noise without anatomy 0.081 (160 crops: 0.10 ± 0.071).
+On 170 scans of the hippocampus (`autoseg pretrain --method rotation --steps 100`, cubes of 32): held out 0.95.
+"""
 
 from __future__ import annotations
 

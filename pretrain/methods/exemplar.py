@@ -28,7 +28,7 @@ from torch.nn import functional
 from planners.decisions import times
 from planners.errors import PlanError
 from pretrain.crops import best_of, volume_or_plane
-from pretrain.encoders import encoder_of, wake_residual_branches
+from pretrain.encoders import encoder_of
 from pretrain.heads import classifier, last_stage
 from pretrain.method import Batch, Export, PretrainMethod, Stage, Step, Target, Terms
 from pretrain.methods.exemplar_views import Changes, draw_views, room_of_views
@@ -160,7 +160,6 @@ class Exemplar(PretrainMethod):
         super().__init__()
         self.config, self.spec = config, spec
         self.encoder = encoder_of(network)
-        wake_residual_branches(self.encoder)
         # No dropout: at the start embeddings differ less from each other than dropout moves them, and all collapse.
         self.head = classifier(self.encoder.output_channels[-1], config.hidden, config.embedding)
         self.register_buffer("queue", torch.zeros(config.queue, config.embedding))

@@ -25,7 +25,7 @@ from planners.decisions import times
 from planners.errors import PlanError
 from pretrain.classes import class_loss, still_guessing
 from pretrain.crops import best_of, is_air, volume_or_plane
-from pretrain.encoders import encoder_of, wake_residual_branches
+from pretrain.encoders import encoder_of
 from pretrain.heads import classifier, last_stage
 from pretrain.method import Batch, Export, PretrainMethod, Stage, Step, Target, Terms
 from pretrain.turns import TurnableCrop, turnable_crop
@@ -196,6 +196,18 @@ class Rotation(PretrainMethod):
 
     def export(self) -> Export:
         return Export(self.encoder, "encoder")
+
+
+def wake_residual_branches(encoder: nn.Module) -> None:
+    """Give the norms that start at zero a weight of one.
+
+    nnU-Net begins with residual branches that contribute nothing. What is then left of an image in the mean of the deepest map
+    hardly depends on the image, and the task starts slowly. Weights that were loaded stay.
+    """
+    for module in encoder.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 1 and not weight.any():
+            nn.init.ones_(weight)
 
 
 def _other_scanner(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
