@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +32,7 @@ app = typer.Typer(
     help="Medical image segmentation that configures itself and pretrains on your unlabelled scans.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: loading rich for its frames would take a third of the time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_convert.app, name="convert")
@@ -351,6 +351,8 @@ def _main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if version:
+        from importlib.metadata import version as installed_version
+
         print(installed_version("autoseg"))
         raise typer.Exit
 

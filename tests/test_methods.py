@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -339,7 +340,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = of_two_ranks(name).eval()
         _, step = stages_of(model)[0]
         two = [batch_of(model, dict(list(scans.items())[4 * r : 4 * r + 4]), step, seed=r) for r in range(2)]
-        torch.save({"step": step, "batches": two}, place / f"{name}.pt")
+        torch.save({"step": dataclasses.asdict(step), "batches": two}, place / f"{name}.pt")
     multiprocessing.spawn(one_rank, args=(str(place),), nprocs=2)
     return place
 
@@ -350,8 +351,8 @@ def one_rank(rank: int, place: str) -> None:
     for name in NAMES:
         model = of_two_ranks(name).eval()
         model.gather = gather
-        task = torch.load(f"{place}/{name}.pt", weights_only=False)
-        terms = model.backward(task["batches"][rank], task["step"], lambda loss: loss.backward())
+        task = torch.load(f"{place}/{name}.pt", weights_only=True)
+        terms = model.backward(task["batches"][rank], Step(**task["step"]), lambda loss: loss.backward())
         average_gradients(model.parameters())
         gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         torch.save({"loss": terms["loss"].detach(), "gradients": gradients}, f"{place}/{name}_{rank}.pt")
@@ -361,9 +362,9 @@ def one_rank(rank: int, place: str) -> None:
 @every_method
 def test_two_processes_learn_what_one_would_from_both_batches(two_ranks: Path, name: str) -> None:
     """Means over samples are averaged; terms of gathered tensors have the value and the gradient of the joint batch."""
-    task = torch.load(two_ranks / f"{name}.pt", weights_only=False)
+    task = torch.load(two_ranks / f"{name}.pt", weights_only=True)
     model = of_two_ranks(name).eval()
-    expected = joint_terms(model, task["batches"], task["step"])
+    expected = joint_terms(model, task["batches"], Step(**task["step"]))
     (sum(terms["loss"] for terms in expected) / 2).backward()
     wanted = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     for rank in range(2):
