@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from planners.dataset import channel_names
+from planners.dataset import channel_names, label_values
 from planners.decisions import times
 from planners.plans import resolved
 from trainers.label_names import class_names
@@ -47,14 +47,15 @@ def model_card_text(model: Model) -> str:
         "trained by": f"{model.trainer}, {_epochs(model, options)}",
         "folds": ", ".join(model.folds),
         "pretraining": _pretraining(source),
-        "licence": licence,
+        "licence of the data": licence,
     }
     run = model.run or SCRATCH
     citations = [str(dataset["citation"])] if dataset.get("citation") else []
     return (
         "\n\n".join(
             [
-                _front_matter(licence, ["image-segmentation", "medical", "nnu-net"], "image-segmentation"),
+                # Whoever shares a model decides its licence; that of the data is not it.
+                _front_matter(None, ["image-segmentation", "medical", "nnu-net"], "image-segmentation"),
                 f"# {name}: {run} ({model.configuration})",
                 "A segmentation model trained with autoseg on nnU-Net v2.",
                 _table(("", ""), facts.items()),
@@ -139,11 +140,12 @@ def _licence(dataset: Mapping[str, Any]) -> str:
 
 def _metrics(model: Model) -> str:
     names = class_names(model.dataset_json)
+    # By key: nnU-Net's summary lists them as texts, "10" before "2".
+    keys = {name: str(value) for name, value in label_values(model.dataset_json).items()}
     rows = []
     for fold, facts in model.folds.items():
         if facts.validation is not None:
-            means = list(facts.validation.mean.values())
-            values = [_number(mean.get("Dice")) for mean in means] if len(means) == len(names) else ["?"] * len(names)
+            values = [_number(facts.validation.mean.get(keys[name], {}).get("Dice")) for name in names]
             overall = _number(facts.validation.foreground_mean.get("Dice"))
             rows.append((fold, str(facts.validation.cases), *values, overall, _seen(model, facts.validation)))
     if not rows:

@@ -11,6 +11,8 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 import autoseg
+from autoseg.contents import Fold, Model, Validation
+from autoseg.model_card import model_card_text
 from autoseg.share import choose, export
 from planners import paths
 from planners.errors import DatasetError, PlanError, PretrainedMismatch, SettingsError
@@ -284,3 +286,29 @@ def test_the_commands_export_and_import(home, tmp_path):
     assert out.returncode == 0 and f"autoseg import {name}" in out.stdout, out.stderr
     back = run("import", name, "--root", str(tmp_path / "data"))
     assert back.returncode == 0 and "Next: autoseg train -d 901 --pretrained voco" in back.stdout, back.stderr
+
+
+@pytest.mark.parametrize(
+    ("labels", "means"),
+    [
+        ({f"s{i}": i for i in range(1, 12)}, {f"s{i}": i / 100 for i in range(1, 12)}),
+        ({"whole": [1, 2], "core": 2}, {"whole": 0.75, "core": 0.5}),
+    ],
+    ids=["eleven labels", "regions"],
+)
+def test_the_card_gives_each_structure_its_own_number(labels, means):
+    """nnU-Net's summary has labels as texts, so that 10 comes before 2."""
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in labels.items()}
+    by_key = {str(values[name]): {"Dice": mean} for name, mean in means.items()}
+    validation = Validation(3, None, {"Dice": 0.5}, dict(sorted(by_key.items())))
+    dataset = {**dataset_json(), "labels": {"background": 0, **labels}}
+    if any(isinstance(value, tuple) for value in values.values()):
+        dataset["regions_class_order"] = [1, 2]
+    fold = Fold("3d_fullres", "nnUNetTrainer", "AutosegTrainer", [0], 1, validation)
+    lines = model_card_text(Model(tiny_plan(), dataset, {"0": fold})).splitlines()
+    heading, numbers = (
+        [cell.strip() for cell in next(line for line in lines if line.startswith(start)).strip("|").split("|")]
+        for start in ("| fold | cases", "| 0 | 3")
+    )
+    table = dict(zip(heading, numbers, strict=True))
+    assert {name: float(table[name]) for name in means} == means
