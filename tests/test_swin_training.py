@@ -23,16 +23,20 @@ from pretrain.method import Target
 from pretrain.methods.voco import VoCo, VoCoConfig
 from pretrain.transfer import transfer
 from pretrain.volumes import CaseInfo
+from tests.test_nnunet_roundtrip import margin
 from tests.tiny import DATASET, dataset_json, tiny_plan, write_tiny_dataset, write_tiny_plan
 from tests.trained import read
 from trainers.base import AutosegTrainer
 from trainers.checkpoint import load_checkpoint
 from trainers.predict import predict
+from trainers.predictor import AutosegPredictor
 from trainers.runs import stock_command
 from trainers.train import train
 
 NAME = "3d_fullres_swin_12"
 SETTINGS = {"epochs": 1, "iterations": 2}
+# Enough for masks that are more than ties, which nnU-Net's half precision decides otherwise.
+DECIDED = {"epochs": 1, "iterations": 8, "lr": 2e-3}
 
 
 def swin_plan(spacing=(2.5, 1.1, 1.0), median=(13.0, 27.0, 22.0)) -> dict:
@@ -157,7 +161,7 @@ def test_voco_training_and_both_ways_to_predict(tiny, tmp_path):
     tensors, card = load_encoder(encoder)
     assert card.architecture["network_class_name"] == "pretrain.networks.SwinUNETR"
     assert len(tensors) == 145
-    fold = train(901, plan="tinyPlans", configuration=NAME, pretrained="voco", settings=SETTINGS, device="cpu")[0]
+    fold = train(901, plan="tinyPlans", configuration=NAME, pretrained="voco", settings=DECIDED, device="cpu")[0]
     scans = paths.raw(DATASET) / "imagesTs"
     ours = predict(scans, tmp_path / "ours", model_folder=fold.parent, device="cpu")
 
@@ -172,7 +176,13 @@ def test_voco_training_and_both_ways_to_predict(tiny, tmp_path):
         [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    predictor = AutosegPredictor(torch.device("cpu"))
+    predictor.initialize_from_trained_model_folder(fold.parent)
     for mask in ours.written:
-        mine, theirs = read(mask), read(tmp_path / "stock" / mask.name)
-        assert np.mean(mine == theirs) >= 0.999
+        mine = read(mask)
+        equal = mine == read(tmp_path / "stock" / mask.name)
+        clear = margin(predictor, scans / mask.name.replace(".nii", "_0000.nii")) > 1e-2
+        assert clear.mean() > 0.9
+        assert equal[clear].mean() >= 0.9999
+        assert equal.mean() >= 0.999
         assert len(np.unique(mine)) > 1  # a mask without structures would agree whatever the weights are
