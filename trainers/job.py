@@ -99,7 +99,7 @@ def prepare(
     overwrite: bool = False,
     allow_partial: bool = False,
 ) -> Job:
-    """Decide everything `train` needs, without writing any plan, data or result. Arguments as for `train`."""
+    """Decide everything `train` needs, without writing anything. Arguments as for `train`."""
     name = resolve_dataset(dataset)
     chosen_device = choose_device(device)
     given = dict(settings or {})
@@ -178,7 +178,7 @@ def _run_name(run: str | None, source: Source | None) -> str | None:
 
 
 def _checked_folds(dataset_name: str, folds: Sequence[int | str]) -> tuple[int | str, ...]:
-    there = len(plans.folds(dataset_name)) if any(fold != "all" for fold in folds) else 0
+    there = len(plans.folds(dataset_name, write=False)) if any(fold != "all" for fold in folds) else 0
     wrong = [fold for fold in folds if fold != "all" and not (isinstance(fold, int) and 0 <= fold < there)]
     if wrong or not folds:
         raise SettingsError(

@@ -86,6 +86,8 @@ def train(
         return []
     if validation_only or not all(is_finished(job.folder / f"fold_{fold}") for fold in job.folds) or overwrite:
         _say_what_will_happen(job)
+    if any(fold != "all" for fold in job.folds):
+        plans.folds(job.dataset_name)  # written now: nnU-Net would make five of however few cases
     for plan_to_write in job.unwritten:
         write_json(plans.plan_path(job.dataset_name, plan_to_write["plans_name"]), plan_to_write)
         logger.info("Wrote plan %s", plan_to_write["plans_name"])

@@ -24,7 +24,7 @@ def draw_task(grid: tuple[int, ...], batch: Batch, permutations: np.ndarray, sha
     figure = Figure(figsize=(3 * (0.6 + 1.3 * levels), 1.9 * count + 0.7), layout="constrained")
     axes = figure.subplots(count, 3, squeeze=False)
     for row, one, label, share, counted in zip(
-        axes, tiles, labels[:, 0], shares[:, 0].numpy(), valid[:, 0], strict=False
+        axes, tiles[:count], labels[:count, 0], shares[:count, 0].numpy(), valid[:count, 0], strict=True
     ):
         answer = int(share.argmax())
         given = permutations[label]
