@@ -9,6 +9,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from autoseg.comparison.run import compare
 from planners import paths
 from planners.errors import PlanError, SettingsError
 from planners.plans import folds
+from planners.preprocess import preprocess_dataset
 from pretrain.checkpoint import load_encoder
 from tests.stubs import PLAN, copy_home, make_home
 from tests.tiny import DATASET
@@ -351,8 +353,6 @@ def test_a_dry_run_forecasts_and_writes_nothing(home):
     assert all(cost.basis.startswith("assumed (the data are not preprocessed yet)") for _, _, cost in assumed.rows)
 
     folds(DATASET)
-    from planners.preprocess import preprocess_dataset
-
     preprocess_dataset(DATASET, PLAN, ["3d_fullres"], workers=1)
     before = files(home)
     measured = run_tiny(dry_run=True, seeds=(0, 1))
@@ -360,3 +360,15 @@ def test_a_dry_run_forecasts_and_writes_nothing(home):
     assert [(count, cost.basis) for _, count, cost in measured.rows] == [(1, "measured"), (8, "measured")]
     assert 0 < measured.seconds < 600 and 1e4 < measured.bytes < 1e8
     assert np.isfinite(measured.seconds)
+
+
+def test_scans_that_training_does_not_use_need_not_be_preprocessed_for_its_forecast(home):
+    folds(DATASET)
+    preprocess_dataset(DATASET, PLAN, ["3d_fullres"], workers=1)
+    raw = paths.raw(DATASET)
+    (raw / "imagesUn").mkdir()
+    for image in sorted((raw / "imagesTr").iterdir())[:1]:
+        shutil.copyfile(image, raw / "imagesUn" / f"unseen_{image.name}")
+    pretraining, training = (cost.basis for _, _, cost in run_tiny(dry_run=True).rows)
+    assert pretraining.startswith("assumed (the unlabelled scans are not preprocessed yet)")
+    assert training == "measured"

@@ -160,6 +160,8 @@ def _pretraining_cost(design: Design, arm: Arm) -> Cost:
         # Weights, the state with its two moments, and an averaged copy.
         return Cost(steps * each, 5 * _weights_bytes(design, arm.configuration), basis)
 
+    if _unseen_scans(design, arm.configuration):
+        return assumed("the unlabelled scans are not preprocessed yet")
     return _rehearsed(design, arm.configuration, measured, assumed)
 
 
@@ -215,8 +217,6 @@ def _rehearsed(
     plan = design.plans[configuration]
     if not is_preprocessed(design.dataset_name, plan, configuration):
         return assumed("the data are not preprocessed yet")
-    if _unseen_scans(design, configuration):
-        return assumed("the unlabelled scans are not preprocessed yet")
     if design.device.type == "cpu" and _units(design, configuration) > _CHEAP:
         return assumed("this plan on a CPU takes too long to try")
     try:

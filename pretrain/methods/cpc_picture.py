@@ -27,8 +27,11 @@ def draw_task(spec: CPCSpec, batch: Batch, predicted: Tensor, true: Tensor, vali
     tiles = batch["tiles"].cpu().numpy()
     count, total = min(len(tiles), _VOLUMES), spec.grid.tiles
     width = len(tiles[0]) // spec.rows
-    levels = spec.grid.grid[0] if spec.grid.dims == 3 else 1
-    figure = Figure(figsize=(2 * (0.8 + 1.5 * levels), 2.3 * count + 0.8), layout="constrained")
+    levels, rows, columns = (1,) * (3 - spec.grid.dims) + tuple(spec.grid.grid)
+    panel_width = 0.8 + 1.5 * levels
+    tile_height, tile_width = tiles.shape[-2:]
+    panel_height = panel_width * rows * tile_height / (levels * columns * tile_width)
+    figure = Figure(figsize=(2 * panel_width, (panel_height + 0.5) * count + 0.5), layout="constrained")
     axes = figure.subplots(count, 2, squeeze=False)
     for volume, row in enumerate(axes):
         shown = list(tiles[volume])

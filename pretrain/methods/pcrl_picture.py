@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
+
+
+_TITLE_WIDTH = 28  # characters; more would run into the next panel
 
 
 class Panel(NamedTuple):
@@ -42,7 +46,7 @@ def _show(axis: Any, image: Tensor, title: str, limits: tuple[float, float], spa
     if plane.ndim == 3:
         plane = plane[plane.shape[0] // 2]
     axis.imshow(plane, cmap="gray", vmin=limits[0], vmax=limits[1], aspect=spacing[-2] / spacing[-1])
-    axis.set_title(title, fontsize=8)
+    axis.set_title(textwrap.fill(title, _TITLE_WIDTH), fontsize=8)
 
 
 def _limits(target: Tensor) -> tuple[float, float]:

@@ -51,7 +51,7 @@ def draw_task(spec: RotationSpec, batch: Batch, answers: Tensor) -> Figure:
         bars.set_xticks([0, 1])
         bars.invert_yaxis()
         bars.tick_params(labelsize=7)
-        bars.set_title(f"answer {names[answer]}, true ◂ {names[truth]}: {verdict}", fontsize=9, color=colour)
+        bars.set_title(f"answer {names[answer]}, true ◂ {names[truth]}\n{verdict}", fontsize=9, color=colour)
         for axis, turn, title in ((back, answer, "turned back by the answer"), (upright, truth, "as it was cut")):
             image = spec.crop.turns[turn](crop[None], back=True)[0]
             show_planes(axis, image, spec.spacing)
