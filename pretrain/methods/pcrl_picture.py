@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-
 _TITLE_WIDTH = 28  # characters; more would run into the next panel
 
 
