@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pretrain.method import Step
+from pretrain.method import Step, Terms
 
 _SOON = 50  # steps, before which nothing can be said
 _STALLED = 0.99  # of the loss of guessing
 _NO_SKILL = 1.5  # times chance
 
 
-def class_loss(logits: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and accuracy over the entries that are `valid`; both 0 where none is.
+def class_loss(logits: Tensor, labels: Tensor, valid: Tensor) -> Terms:
+    """`loss`, the mean cross-entropy, and `acc` over the entries that are `valid`, and `shown`, their share.
+
+    Without any the loss is 0, which has a gradient, and there is no `acc`.
 
     Args:
         logits: (…, classes); labels and valid: (…).
@@ -25,13 +27,14 @@ def class_loss(logits: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, T
     entropy = functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
     counted = valid.flatten()
     right = logits.argmax(-1).flatten() == labels.flatten()
-    number = counted.sum().clamp(min=1)
-    return (entropy * counted).sum() / number, (right & counted).sum() / number
+    number = counted.sum()
+    terms = {"loss": (entropy * counted).sum() / number.clamp(min=1), "shown": counted.float().mean()}
+    return terms | ({"acc": (right & counted).sum() / number} if number else {})
 
 
 def still_guessing(recent: Mapping[str, float], step: Step, classes: int, advice: str) -> str | None:
     """A sentence for the user when loss and accuracy are those of guessing among `classes`, and some time has passed."""
-    if step.index < _SOON or step.progress < 0.25:
+    if step.index < _SOON or step.progress < 0.25 or "acc" not in recent:
         return None
     plateau = math.log(classes)
     if recent["loss"] < _STALLED * plateau or recent["acc"] > _NO_SKILL / classes:

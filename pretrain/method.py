@@ -176,6 +176,8 @@ class PretrainMethod(nn.Module, ABC):
     def loss(self, batch: Batch, step: Step) -> Terms:
         """`"loss"` is minimised. Other scalars are logged; other tensors only reach `after_step`. No side effects.
 
+        A metric that a batch says nothing about is left out. `"shown"` is the share of the batch that counts: where it is 0,
+        means leave out the batch's loss, which must be a number with a gradient all the same, and all other terms.
         A metric named `acc…` is reported beside its value in `chance`.
         """
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Record:
 
     def add(self, terms: Mapping[str, Tensor], waited: float) -> None:
         """Note the scalars of one batch, and how long it was waited for (seconds)."""
-        self._terms.append({name: value.detach() for name, value in terms.items() if value.ndim == 0})
+        self._terms.append(scalars(terms))
         self._waited += waited
 
     def pause(self, seconds: float) -> None:
@@ -73,7 +73,7 @@ class Record:
             row |= {"learning_rate": rate, "steps_per_second": self.rate, "waiting_share": self._waited / elapsed}
             if gradient_norm is not None:
                 row["gradient_norm"] = gradient_norm
-            means = _means(self._terms)
+            means = mean_terms(self._terms)
             self._recent.append(means)
             row |= means
         row |= {f"held_out_{name}": value for name, value in (held_out or {}).items()}
@@ -121,14 +121,26 @@ class Record:
 
     def _shown(self, values: Mapping[str, float]) -> str:
         """The loss, and what can be compared with chance."""
+        if "loss" not in values:
+            return "nothing to measure"
         shown = [f"loss {values['loss']:.3f}"]
         shown += [f"{n} {values[n]:.3f} (chance {chance:.3f})" for n, chance in self._chance.items() if n in values]
         return ", ".join(shown)
 
 
-def _means(terms: list[dict[str, Tensor]]) -> dict[str, float]:
-    names = dict.fromkeys(name for one in terms for name in one)
-    return {name: float(torch.stack([one[name].float() for one in terms if name in one]).mean()) for name in names}
+def scalars(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is logged of a batch's terms."""
+    return {name: value.detach() for name, value in terms.items() if value.ndim == 0}
+
+
+def mean_terms(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The mean of each term over the batches that have it; a batch of which nothing counts says no more than that."""
+    values: dict[str, list[float]] = {}
+    for terms in batches:
+        empty = "shown" in terms and float(terms["shown"]) == 0
+        for name in ["shown"] if empty else terms:
+            values.setdefault(name, []).append(float(terms[name]))
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

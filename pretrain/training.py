@@ -29,7 +29,7 @@ from pretrain.optimise import (
     set_training_mode,
     update_averages,
 )
-from pretrain.record import Record
+from pretrain.record import Record, mean_terms, scalars
 from pretrain.volumes import Pool
 
 logger = logging.getLogger("autoseg")
@@ -217,18 +217,15 @@ def _evaluate(
     index = min(run.step - phase.first_step, phase.steps - 1)
     step = Step(phase.stage.name, index, phase.steps, phase.first_step + index)
     run.method.eval()
-    sums: dict[str, list[float]] = {}
+    measured = []
     with run.fabric.autocast():
         for number, batch in enumerate(fixed):
             torch.manual_seed(number)
-            terms = run.method.loss(run.fabric.to_device(batch), step)
-            for name, value in terms.items():
-                if value.ndim == 0:
-                    sums.setdefault(name, []).append(float(value))
+            measured.append(scalars(run.method.loss(run.fabric.to_device(batch), step)))
         figure = None
         if record is not None and (run.step in (0, run.steps) or record.wants_picture):
             figure = run.method.picture(run.fabric.to_device(fixed[0]))
-    run.metrics = distributed.mean({k: sum(v) / len(v) for k, v in sums.items()}, run.fabric.device)
+    run.metrics = distributed.mean(mean_terms(measured), run.fabric.device)
     set_training_mode(run.method, phase.stage)
     if record is not None:
         if figure is not None:

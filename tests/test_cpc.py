@@ -56,7 +56,7 @@ def constant(volumes: int = 2, rows: int = 2) -> tuple[torch.Tensor, torch.Tenso
 
 def test_the_loss_of_equal_scores() -> None:
     """ln(1 + negatives): 18 candidates for two volumes of nine columns."""
-    loss, _ = row_loss(*constant(), 0.1)
+    loss = row_loss(*constant(), 0.1)["loss"]
     assert float(loss) == pytest.approx(2.890372, abs=1e-6)
     assert tiny_model().chance() == {"acc": pytest.approx(1 / 18)}
 
@@ -67,15 +67,15 @@ def test_masked_tiles_are_neither_asked_for_nor_offered(masked: int) -> None:
     valid[0, :, :masked] = False
     predicted[0, :, :masked] = torch.randn(masked, 4)
     true[0, :, :masked] = torch.randn(masked, 4)
-    assert float(row_loss(predicted, true, valid, 0.1)[0]) == pytest.approx(math.log(18 - masked), abs=1e-5)
+    assert float(row_loss(predicted, true, valid, 0.1)["loss"]) == pytest.approx(math.log(18 - masked), abs=1e-5)
 
 
 def test_the_loss_of_certain_answers() -> None:
     """Orthonormal vectors, temperature 0.1, 17 negatives: ln(1 + 17 e^-10)."""
     vectors = torch.eye(18).reshape(2, 9, 18)[:, None].expand(2, 2, 9, 18)
-    loss, acc = row_loss(3 * vectors, vectors, torch.ones(2, 2, 9, dtype=torch.bool), 0.1)
-    assert float(loss) == pytest.approx(7.715e-4, abs=1e-6)
-    assert float(acc) == 1
+    terms = row_loss(3 * vectors, vectors, torch.ones(2, 2, 9, dtype=torch.bool), 0.1)
+    assert float(terms["loss"]) == pytest.approx(7.715e-4, abs=1e-6)
+    assert float(terms["acc"]) == float(terms["shown"]) == 1
 
 
 def test_nothing_to_ask_gives_no_loss_but_a_gradient() -> None:
@@ -83,13 +83,24 @@ def test_nothing_to_ask_gives_no_loss_but_a_gradient() -> None:
     batch = batch_of(model)
     batch["valid"][:] = False
     terms = model.loss(batch, STEP)
-    assert (float(terms["loss"]), float(terms["acc"])) == (0, 0)
+    assert {name: float(value) for name, value in terms.items()} == {"loss": 0, "shown": 0}
     terms["loss"].backward()
+
+
+def test_a_tile_that_is_alone_in_its_row_is_not_asked_for() -> None:
+    """It could not be mistaken: the other row decides, whose two tiles are alike."""
+    predicted, true, valid = constant(volumes=1)
+    valid[:, 0, 1:] = False
+    valid[:, 1, 2:] = False
+    predicted[:, 0] = torch.randn(9, 4)
+    terms = row_loss(predicted, true, valid, 0.1)
+    assert float(terms["loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    assert {name: float(terms[name]) for name in ("acc", "shown")} == {"acc": 0.5, "shown": pytest.approx(2 / 18)}
 
 
 def test_targets_learn_too() -> None:
     predicted, true = torch.randn(2, 2, 9, 4), torch.randn(2, 2, 9, 4, requires_grad=True)
-    row_loss(predicted, true, torch.ones(2, 2, 9, dtype=torch.bool), 0.1)[0].backward()
+    row_loss(predicted, true, torch.ones(2, 2, 9, dtype=torch.bool), 0.1)["loss"].backward()
     assert (true.grad.abs().sum(-1) > 0).all()
 
 

@@ -108,6 +108,26 @@ def test_a_run_leaves_an_encoder_that_fits_and_says_what_it_is(home: Path) -> No
     json.loads((folder / "settings.json").read_text())
 
 
+def test_batches_that_show_nothing_are_left_out_of_all_means(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second batch shows nothing: the means are those of the others, and of none there is no loss at all."""
+
+    class Half(Stub):
+        def loss(self, batch: Batch, step: Step) -> Terms:
+            self.calls = getattr(self, "calls", -1) + 1
+            if self.calls % every == every - 1:
+                return {**super().loss(batch, step), "loss": self.head.weight.sum() * 0 + 3, "shown": torch.tensor(0.5)}
+            return {"loss": self.head.weight.sum() * 0, "shown": torch.tensor(0.0)}
+
+    use_method(monkeypatch, Half)
+    every = 2
+    first = rows(run_stub(steps=2))[0]
+    assert (float(first["held_out_loss"]), float(first["held_out_shown"])) == (3, 0.25)
+    every = 1000
+    folder = run_stub(steps=2, run="nothing")
+    assert load_encoder(folder)[1].metrics == {"shown": {"value": 0, "chance": None}}
+    assert not rows(folder)[-1].get("loss")
+
+
 def test_twenty_steps_equal_ten_and_ten(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an averaged encoder and dropout, which the defaults (`tests/test_methods.py`) do not have."""
     options: dict[str, Any] = {"steps": 20, "settings": {"voco.variant": "v1", "voco.feature_dropout": "0.1"}}

@@ -112,7 +112,7 @@ def test_a_constant_volume_is_not_asked_for() -> None:
     model = tiny_model()
     batch = model.collate([views, views])
     terms = model.loss(batch, STEP)
-    assert float(terms["loss"]) == 0
+    assert {name: float(value) for name, value in terms.items()} == {"loss": 0, "shown": 0}
     terms["loss"].backward()
 
 
@@ -178,6 +178,7 @@ def test_a_run_that_only_guesses_is_told() -> None:
     assert model.diagnose({"loss": 3.0, "acc": 0.04}, late) is None
     assert model.diagnose({"loss": 3.25, "acc": 0.1}, late) is None
     assert model.diagnose({"loss": 3.25, "acc": 0.04}, Step("main", 20, 200, 20)) is None
+    assert model.diagnose({"shown": 0.0}, late) is None
 
 
 @pytest.mark.parametrize("grid", [CUBE, FLAT, PLANE])

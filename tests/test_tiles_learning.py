@@ -29,6 +29,7 @@ from pretrain.methods.cpc import CPC, CPCConfig, CPCSpec, row_loss
 from pretrain.methods.jigsaw import Jigsaw, JigsawConfig, JigsawSpec
 from pretrain.methods.rpl import RPL, RPLConfig, RPLSpec
 from pretrain.optimise import build_optimizer, rate_factor
+from pretrain.record import mean_terms
 from pretrain.tiles import BatchSize, TileGrid
 from tests.tiny import Array, dataset_json, tiny_plan
 
@@ -97,14 +98,12 @@ def terms_of(method: PretrainMethod, batch: Batch, step: Step, shuffle: np.rando
         predicted, true, valid = method.predict(batch)
         order = torch.from_numpy(shuffle.permutation(true.shape[0] * true.shape[2]))
         true = true.transpose(1, 2).flatten(0, 1)[order].unflatten(0, (true.shape[0], true.shape[2])).transpose(1, 2)
-        loss, acc = row_loss(predicted, true, valid, method.config.temperature)
-    else:
-        assert isinstance(method, RPL | Jigsaw)
-        # Drawn anew: a permutation of sixteen would leave one in sixteen its own answer, more than chance among 26.
-        answers = method.answers(batch)
-        labels = torch.from_numpy(shuffle.integers(answers.shape[-1], size=tuple(batch["labels"].shape)))
-        loss, acc = class_loss(answers, labels, batch["valid"])
-    return {"loss": loss, "acc": acc}
+        return row_loss(predicted, true, valid, method.config.temperature)
+    assert isinstance(method, RPL | Jigsaw)
+    # Drawn anew: a permutation of sixteen would leave one in sixteen its own answer, more than chance among 26.
+    answers = method.answers(batch)
+    labels = torch.from_numpy(shuffle.integers(answers.shape[-1], size=tuple(batch["labels"].shape)))
+    return class_loss(answers, labels, batch["valid"])
 
 
 def learn(
@@ -145,8 +144,7 @@ def learn(
     return {
         "loss": float(loss),
         "acc": float(acc),
-        "held_out_loss": float(np.mean([float(t["loss"]) for t in measured])),
-        "held_out_acc": float(np.mean([float(t["acc"]) for t in measured])),
+        **{f"held_out_{name}": value for name, value in mean_terms(measured).items()},
     }
 
 

@@ -205,8 +205,7 @@ class CPC(PretrainMethod):
         predicted, true, valid = self.predict(batch)
         joint = self.gather(predicted), self.gather(true), self.gather(valid.to(torch.uint8)).bool()
         with torch.autocast(batch["tiles"].device.type, enabled=False):
-            loss, acc = row_loss(*joint, self.config.temperature)
-        return {"loss": loss, "acc": acc}
+            return row_loss(*joint, self.config.temperature)
 
     def chance(self) -> Mapping[str, float]:
         return {"acc": 1 / self._candidates}
@@ -254,25 +253,29 @@ def context_sequences(columns: Sequence[int], row: int) -> np.ndarray:
     return np.array(table)
 
 
-def row_loss(predicted: Tensor, true: Tensor, valid: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """InfoNCE and accuracy over all valid places; each is compared with the valid places of its row in all volumes.
+def row_loss(predicted: Tensor, true: Tensor, valid: Tensor, temperature: float) -> Terms:
+    """`loss` (InfoNCE) and `acc` over valid places, and `shown`, the share of the places that count.
+
+    Each is compared with the valid places of its row in all volumes; one without any other is not counted: it cannot be
+    mistaken. Where none counts the loss is 0, which has a gradient, and there is no `acc`.
 
     Args:
         predicted, true: (volumes, rows, columns, D); valid: (volumes, rows, columns), False for air.
     """
-    losses, right = predicted.sum() * 0, predicted.new_zeros(())
+    losses, right, count = predicted.sum() * 0, predicted.new_zeros(()), 0
     for row in range(predicted.shape[1]):
         counted = valid[:, row]
         answers = functional.normalize(predicted[:, row][counted], dim=-1)
         candidates = functional.normalize(true[:, row][counted], dim=-1)
         scores = answers @ candidates.T / temperature
-        if len(scores) == 0:
+        if len(scores) < 2:
             continue
         own = torch.arange(len(scores), device=scores.device)
         losses = losses + functional.cross_entropy(scores, own, reduction="sum")
         right = right + (scores.argmax(1) == own).sum()
-    count = valid.sum().clamp(min=1)
-    return losses / count, right / count
+        count += len(scores)
+    terms = {"loss": losses / max(1, count), "shown": predicted.new_tensor(count / valid.numel())}
+    return terms | ({"acc": right / count} if count else {})
 
 
 def _reflected(place: int, length: int) -> int:

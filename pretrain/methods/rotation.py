@@ -178,8 +178,7 @@ class Rotation(PretrainMethod):
     def loss(self, batch: Batch, step: Step) -> Terms:
         """Cross entropy of the turns; metric `acc`."""
         logits = self.answers(batch["crops"].flatten(0, 1))
-        loss, acc = class_loss(logits, batch["turns"].flatten(), batch["valid"].flatten())
-        return {"loss": loss, "acc": acc}
+        return class_loss(logits, batch["turns"].flatten(), batch["valid"].flatten())
 
     def chance(self) -> Mapping[str, float]:
         return {"acc": 1 / len(self.spec.crop.turns)}

@@ -165,8 +165,7 @@ class RPL(PretrainMethod):
 
     def loss(self, batch: Batch, step: Step) -> Terms:
         """Cross-entropy, and `acc`."""
-        loss, acc = class_loss(self.answers(batch), batch["labels"], batch["valid"])
-        return {"loss": loss, "acc": acc}
+        return class_loss(self.answers(batch), batch["labels"], batch["valid"])
 
     def chance(self) -> Mapping[str, float]:
         return {"acc": 1 / self.spec.classes}
