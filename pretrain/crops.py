@@ -14,7 +14,7 @@ from pretrain.volumes import CaseInfo, Plane, Volume
 T = TypeVar("T")
 _MODES = {2: "bilinear", 3: "trilinear"}
 _AIR_LEVEL = 0.02  # of the scan's range of intensities, around its lowest
-_AIR_SHARE = 0.9
+_LEAST_SHOWN = 0.1
 _FLAT = 0.05  # of the scan's standard deviation
 
 
@@ -52,12 +52,18 @@ def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return interpolate(tensor, size=tuple(size), mode=_MODES[len(size)], align_corners=False)[0].numpy()
 
 
+def share_shown(crop: np.ndarray, info: CaseInfo) -> float:
+    """Share of a crop (channels, *space) that is not at the scan's lowest level; 0 for a flat one, which shows nothing."""
+    mean = crop.mean(0)
+    if mean.std() <= _FLAT * info.intensity_std:
+        return 0.0
+    low, high = info.intensity_range
+    return float((np.abs(mean - low) > _AIR_LEVEL * (high - low)).mean())
+
+
 def is_air(crop: np.ndarray, info: CaseInfo) -> bool:
     """Whether a crop (channels, *space) shows next to nothing: nearly all of it at the scan's lowest level, or flat."""
-    mean = crop.mean(0)
-    low, high = info.intensity_range
-    at_low = np.abs(mean - low) <= _AIR_LEVEL * (high - low)
-    return bool(at_low.mean() > _AIR_SHARE or mean.std() <= _FLAT * info.intensity_std)
+    return share_shown(crop, info) < _LEAST_SHOWN
 
 
 def window_start(

@@ -66,12 +66,15 @@ def equal_start(module: nn.Module) -> None:
 
 
 def mean(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """The mean of each number over the processes."""
+    """The mean of each number over the processes that have it."""
     if not several():
         return dict(values)
-    numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    distributed.all_reduce(numbers)
-    return dict(zip(values, (numbers / distributed.get_world_size()).tolist(), strict=True))
+    found: list[list[str]] = [[]] * distributed.get_world_size()
+    distributed.all_gather_object(found, list(values))
+    names = list(dict.fromkeys(name for names in found for name in names))
+    sums = torch.tensor([values.get(name, 0.0) for name in names], dtype=torch.float64, device=device)
+    distributed.all_reduce(sums)
+    return {name: total / sum(name in one for one in found) for name, total in zip(names, sums.tolist(), strict=True)}
 
 
 def largest(number: int, device: torch.device) -> int:

@@ -48,9 +48,9 @@ class Record:
 
     @property
     def recent(self) -> dict[str, float]:
-        """Terms averaged over the last rows."""
-        names = self._recent[-1] if self._recent else {}
-        return {name: sum(row.get(name, math.nan) for row in self._recent) / len(self._recent) for name in names}
+        """Terms averaged over those of the last rows that have them: not every batch has every term."""
+        found = {name: [row[name] for row in self._recent if name in row] for name in (self._recent or [{}])[-1]}
+        return {name: sum(values) / len(values) for name, values in found.items()}
 
     def add(self, terms: Mapping[str, Tensor], waited: float) -> None:
         """Note the scalars of one batch, and how long it was waited for (seconds)."""

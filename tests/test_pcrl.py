@@ -190,10 +190,13 @@ def test_queue_and_local_sizes_follow_the_rules() -> None:
 
 def test_explained_variance() -> None:
     target = torch.randn(2, 1, 50, generator=torch.Generator().manual_seed(0))
-    valid = torch.tensor([1.0, 1.0])
-    assert float(explained(torch.tensor(0.0), target, valid)) == 1
-    variance = target.flatten(1).var(1, correction=0).mean()
-    assert float(explained(variance, target, valid)) == pytest.approx(0, abs=1e-6)
+    variances = target.flatten(1).var(1, correction=0)
+    both, one = torch.ones(2), torch.tensor([0.0, 1.0])
+    assert float(explained("x", torch.zeros(2), target, both)["explained_x"]) == 1
+    assert float(explained("x", variances, target, both)["explained_x"]) == pytest.approx(0, abs=1e-6)
+    half = torch.stack([torch.tensor(9.0), variances[1] / 2])
+    assert float(explained("x", half, target, one)["explained_x"]) == pytest.approx(0.5)
+    assert explained("x", half, target, 0 * one) == {}
 
 
 # Paper mode -----------------------------------------------------------------------------------------------------------
@@ -436,6 +439,48 @@ def test_a_strongly_anisotropic_plan() -> None:
         model = PCRL(network_of(), spec, config).double()
         batch = batch_of(model)
         assert torch.isfinite(model.loss(batch, STEP)["loss"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_that_shows_nothing_has_no_figures_of_merit(mode: str) -> None:
+    model = with_negatives(tiny_model(mode=mode))
+    batch = batch_of(model)
+    batch["valid"][:] = 0
+    terms = model.loss(batch, STEP)
+    assert float(terms["loss"]) == float(terms["shown"]) == 0
+    assert not [name for name in terms if name.startswith(("explained", "told_apart", "similarity"))]
+
+
+def test_scans_that_show_nothing_are_reported() -> None:
+    model = tiny_model()
+    late = Step("main", 60, 60_000, 60)
+    assert "Hardly any view" in str(model.diagnose({"shown": 0.01}, late))
+    assert "Hardly any view" in str(model.diagnose({"shown": 0.0}, Step("main", 3, 4, 3)))  # at the end of a short run
+    assert model.diagnose({"shown": 0.0}, Step("main", 10, 60_000, 10)) is None
+    assert model.diagnose({"shown": 0.3}, late) is None
+
+
+def test_a_small_scan_counts_and_a_blank_one_does_not() -> None:
+    spec = tiny_model().spec
+    small, blank = blobs("a", shape=(4, 9, 8)), Array(np.zeros((1, 20, 40, 40)), "b")
+    counts = [
+        PCRL.sample(spec, scan, {"mix": np.float32(0.7)}, np.random.default_rng(0))["valid"] for scan in (small, blank)
+    ]  # type: ignore[arg-type]
+    assert counts == [1, 0]
+
+
+@pytest.mark.parametrize("mode", ["paper", "official"])
+def test_targets_that_stay_as_they_are_are_reported_apart(mode: str) -> None:
+    """The mean of both, weighted by variance, is that of all; half a turn may be written as two mirrors."""
+    model = tiny_model(mode=mode)
+    batch = batch_of(model)
+    batch["codes"][:, 0] = torch.tensor([[0.0, 0, 0, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0, 0]])
+    terms = model.loss(batch, STEP)
+    only = {**batch, "valid": torch.tensor([1.0, 0.0]).to(batch["valid"])}
+    assert torch.equal(terms["explained_as_it_is"], model.loss(only, STEP)["explained_ordinary"])
+    assert "explained_turned" not in model.loss(only, STEP)
+    batch["codes"][:, 0] = torch.tensor([0.0, 1, 1, 0, 0, 1, 0])
+    assert "explained_turned" not in model.loss(batch, STEP)
 
 
 def test_collapse_is_reported() -> None:

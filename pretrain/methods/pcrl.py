@@ -27,21 +27,22 @@ from torch import Tensor, nn
 
 from planners.decisions import times
 from planners.errors import PlanError
-from pretrain.crops import best_of
+from pretrain.crops import best_of, volume_or_plane
 from pretrain.method import Batch, Export, MomentumPair, PretrainMethod, Stage, Step, Target, Terms
 from pretrain.methods.pcrl_contexts import Contexts, contexts_of
 from pretrain.methods.pcrl_corruption import Corruption, corrupt, disturb
 from pretrain.methods.pcrl_parts import Graph
 from pretrain.methods.pcrl_views import cut, draw_around, draw_pair
-from pretrain.volumes import CaseInfo, Plane, Volume
+from pretrain.volumes import CaseInfo, Volume
 
 logger = logging.getLogger("autoseg")
 
 _OVERLAP = {"paper": 0.25, "official": 0.25, "v2": 0.3}
-_WANTED_FOREGROUND = 0.15
+_WANTED_SHOWN = 0.15
 _LOCAL_ZOOMS = (0.5, 1.0, 1.5, 2.0)
 _SOON = 50  # steps, before which nothing can be said
 _COLLAPSED = 0.95
+_HARDLY_ANY = 0.05
 _SHOWN = 2
 
 
@@ -212,9 +213,7 @@ class PCRL(PretrainMethod):
             (whether there is enough to see), and what the batch shares; for `paper` and `official` codes (3, length):
             the contexts of the ordinary, the momentum and the hybrid target; for `v2` local (views, channels, *local).
         """
-        source: Volume | Plane = case
-        if len(spec.patch) == 2:
-            source = case.plane(int(rng.integers(*case.info.foreground_box[0])))
+        source = volume_or_plane(case, len(spec.patch), rng)
         shape = source.info.shape
 
         def views() -> tuple[Any, float]:
@@ -222,11 +221,11 @@ class PCRL(PretrainMethod):
             crops = [cut(source, window, spec.patch, rng) for window in pair]
             return (pair, np.stack([crop for crop, _ in crops])), min(share for _, share in crops)
 
-        (pair, clean), foreground = best_of(10, views, _WANTED_FOREGROUND)
+        (pair, clean), shown = best_of(10, views, _WANTED_SHOWN)
         result = {
             "clean": clean,
             "case": np.int64(zlib.crc32(case.info.id.encode())),
-            "valid": np.float32(foreground >= _WANTED_FOREGROUND),
+            "valid": np.float32(shown >= _WANTED_SHOWN),
             **parameters,
         }
         if spec.mode != "v2":
@@ -284,6 +283,11 @@ class PCRL(PretrainMethod):
         return {"explained_ordinary" if self.config.mode == "official" else "explained_restore": 0.0}
 
     def diagnose(self, recent: Mapping[str, float], step: Step) -> str | None:
+        if step.index >= min(_SOON, step.total - 1) and recent.get("shown", 1.0) < _HARDLY_ANY:
+            return (
+                f"Hardly any view shows more than background ({recent['shown']:.0%} of the scans of a batch): PCRL learns "
+                "next to nothing. autoseg verify looks for empty scans; a larger pcrl.patch shows more of sparse ones"
+            )
         if step.progress < 0.1 or step.index < _SOON:
             return None
         if recent.get("similarity", 0.0) > _COLLAPSED:

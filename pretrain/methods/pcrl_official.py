@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.method import Batch, Step, Terms
-from pretrain.methods.pcrl_parts import Graph, explained, mean_over, mean_similarity, noise_contrast, squared_error
+from pretrain.methods.pcrl_parts import Graph, mean_over, mean_similarity, noise_contrast, squared_errors
 from pretrain.methods.pcrl_picture import Panel
 from pretrain.methods.pcrl_three import Contrast, mixed
 
@@ -46,7 +46,7 @@ class TwoPasses(Contrast):
         maps = graph.cut(self.body.encoder(inputs[:, 0]))
         query, pooled = self.embedding(maps[-1])
         contrasts = [self._contrast(batch, query, keys)]
-        terms: Terms = {**mean_similarity(query), "pooled": pooled, "scale": self._scale(batch, query).detach()}
+        terms: Terms = {**mean_similarity(query, valid), "pooled": pooled, "scale": self._scale(batch, query).detach()}
         graph.add(contrasts[0] / 3)
         targets = apply(clean[:, 0], codes[:, 0]), apply(clean[:, 1], codes[:, 1])
         wanted = {"ordinary": targets[0], "hybrid": mixed(*targets, share)}
@@ -60,7 +60,7 @@ class TwoPasses(Contrast):
                 ],
             ),
         ]
-        errors = self._restore(passes, wanted, valid, graph, terms)
+        errors = self._restore(passes, wanted, batch, valid, graph, terms)
         graph.close()
 
         blended = mixed(inputs, inputs[partner], blend)
@@ -84,12 +84,13 @@ class TwoPasses(Contrast):
                 lambda: [mixed(a, b, second_share) for a, b in zip(second_maps, second_averaged, strict=True)],
             ),
         ]
-        errors |= self._restore(passes, wanted, valid, graph, terms)
+        errors |= self._restore(passes, wanted, batch, valid, graph, terms)
         graph.close()
         return {
             "loss": graph.total,  # type: ignore[dict-item]
             "contrast": torch.stack([c.detach() for c in contrasts]).mean(),
             "restore": torch.stack(list(errors.values())).mean(),
+            "shown": valid.mean(),
             **errors,
             **terms,
             "keys": keys,
@@ -100,17 +101,19 @@ class TwoPasses(Contrast):
         self,
         passes: list[tuple[str, Callable[[], list[Tensor]]]],
         wanted: dict[str, Tensor],
+        batch: Batch,
         valid: Tensor,
         graph: Graph,
         terms: Terms,
     ) -> dict[str, Tensor]:
         errors = {}
         for name, maps in passes:
-            error = squared_error(self.restored(maps()), wanted[name], valid)
+            each = squared_errors(self.restored(maps()), wanted[name])
+            error = mean_over(each, valid)
             errors[name] = error.detach()
-            terms[f"explained_{name}"] = explained(error.detach(), wanted[name], valid)
+            terms |= self.measured(name, each, wanted[name], batch, valid)
             graph.add(error / 4)
-            del error
+            del each, error
         return errors
 
     def _contrast(self, batch: Batch, query: Tensor, key: Tensor) -> Tensor:

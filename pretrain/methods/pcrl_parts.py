@@ -212,22 +212,30 @@ def mean_over(values: Tensor, valid: Tensor) -> Tensor:
     return (values * valid).sum() / valid.sum().clamp(min=1)
 
 
-def squared_error(answer: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Mean over voxels and channels of (B, channels, *space), then over the valid samples."""
-    return mean_over(((full(answer) - target) ** 2).flatten(1).mean(1), valid)
+def squared_errors(answer: Tensor, target: Tensor) -> Tensor:
+    """Mean over voxels and channels: (B, channels, *space) → (B,)."""
+    return ((full(answer) - target) ** 2).flatten(1).mean(1)
 
 
-def explained(error: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Share of the targets' variance that an error leaves none of: 1 is perfect, 0 is what each target's mean
-    reaches."""
-    variance = mean_over(target.flatten(2).var(2, correction=0).mean(1), valid)
-    return (1 - error / variance.clamp(min=1e-8)).detach()
+def metric(name: str, values: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """The mean of values (B,) over the samples that count; nothing without any, so that no average takes it in."""
+    return {name: mean_over(values.detach(), counted)} if counted.any() else {}
 
 
-def mean_similarity(embeddings: Tensor) -> dict[str, Tensor]:
-    """`similarity`: the mean cosine between different samples (B, width) of unit length; nothing for a single one."""
+def explained(name: str, errors: Tensor, target: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """`explained_NAME`: share of the variance of the targets (B, channels, *space) that errors (B,) leave none of; 1 is
+    perfect, 0 is what each target's mean reaches. Nothing where no sample counts."""
+    if not counted.any():
+        return {}
+    variance = mean_over(target.flatten(2).var(2, correction=0).mean(1), counted)
+    return {f"explained_{name}": 1 - mean_over(errors.detach(), counted) / variance.clamp(min=1e-8)}
+
+
+def mean_similarity(embeddings: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """`similarity`: the mean cosine between different samples (B, width) of unit length; nothing unless two count."""
+    embeddings = embeddings[counted.bool()].detach()
     count = len(embeddings)
     if count < 2:
         return {}
-    cosines = (embeddings @ embeddings.T).detach()
+    cosines = embeddings @ embeddings.T
     return {"similarity": (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))}

@@ -24,7 +24,7 @@ from pretrain.methods.pcrl_parts import (
     full,
     mean_over,
     mean_similarity,
-    squared_error,
+    squared_errors,
 )
 from pretrain.methods.pcrl_picture import Panel
 
@@ -82,8 +82,9 @@ class Pyramid(nn.Module):
         large = self.decoded(views.transpose(0, 1).flatten(0, 1))
         local = self.decoded(small.transpose(0, 1).flatten(0, 1))
 
-        error = squared_error(self.head(large[-1][:cases]), target, valid)
-        middle = squared_error(self.middle(large, scales[0], cases), target, valid)
+        errors = squared_errors(self.head(large[-1][:cases]), target)
+        error = mean_over(errors, valid)
+        middle = mean_over(squared_errors(self.middle(large, scales[0], cases), target), valid)
         heads = []
         with torch.autocast(views.device.type, enabled=False):
             for predictor, a, b in zip(self.predictors, large, local, strict=True):
@@ -108,8 +109,9 @@ class Pyramid(nn.Module):
             "middle": middle.detach(),
             "compare": compared.detach(),
             "compare_local": compared_local.detach(),
-            "explained_restore": explained(error.detach(), target, valid),
-            **mean_similarity(normalize(heads[scales[0]][0][0].detach(), dim=1)),
+            "shown": valid.mean(),
+            **explained("restore", errors, target, valid),
+            **mean_similarity(normalize(heads[scales[0]][0][0], dim=1), valid),
         }
 
     def decoded(self, images: Tensor) -> list[Tensor]:

@@ -26,7 +26,8 @@ from pretrain.methods.pcrl_parts import (
     info_nce,
     mean_over,
     mean_similarity,
-    squared_error,
+    metric,
+    squared_errors,
 )
 from pretrain.methods.pcrl_picture import Panel
 
@@ -90,6 +91,16 @@ class Contrast(nn.Module):
         """Decoder and head: (B, image channels, *patch)."""
         return self.head(self.body.decode(maps)[-1])
 
+    def measured(self, name: str, errors: Tensor, target: Tensor, batch: Batch, counted: Tensor) -> Terms:
+        """`explained_NAME` of errors (B,). The ordinary encoding's also by context: only where a target stays as it is can
+        skips help."""
+        terms = explained(name, errors, target, counted)
+        if name == "ordinary":
+            same = (target == batch["clean"][:, 0]).flatten(1).all(1)
+            terms |= explained("as_it_is", errors, target, counted * same)
+            terms |= explained("turned", errors, target, counted * ~same)
+        return terms
+
     def usable(self, batch: Batch) -> Tensor:
         """The case of each sample, -1 where its key must not be used."""
         return batch["case"].where(batch["valid"].bool(), -1)
@@ -106,8 +117,8 @@ class ThreeContexts(Contrast):
     """Mode `paper`."""
 
     def terms(self, batch: Batch, step: Step, graph: Graph) -> Terms:
-        """`contrast` and `restore`, weights 1, and the parts of `restore`; metrics `acc`, `explained_…`,
-        `similarity`."""
+        """`contrast` and `restore`, weights 1, and the parts of `restore`; metrics `told_apart`, `explained_…`,
+        `similarity`, and `shown`: the share of samples that show enough to count. Without any only `shown` is told."""
         valid = batch["valid"]
         with torch.no_grad():
             averaged = self.averaged(batch["input"][:, 1])
@@ -119,16 +130,18 @@ class ThreeContexts(Contrast):
         graph.add(contrast)
         errors = {}
         for context in self._contexts(batch, maps, averaged):
-            error = squared_error(self.restored(self.gated(context.maps(), context.code)), context.target, valid)
+            each = squared_errors(self.restored(self.gated(context.maps(), context.code)), context.target)
+            error = mean_over(each, valid)
             errors[context.name] = error.detach()
-            terms[f"explained_{context.name}"] = explained(error.detach(), context.target, valid)
+            terms |= self.measured(context.name, each, context.target, batch, valid)
             graph.add(error / (3 if self.config.momentum_reconstruction else 2))
-            del error  # and with it the graph of this pass
+            del each, error  # and with them the graph of this pass
         graph.close()
         return {
             "loss": graph.total,  # type: ignore[dict-item]
             "contrast": contrast.detach(),
             "restore": torch.stack(list(errors.values())).mean(),
+            "shown": valid.mean(),
             **errors,
             **terms,
             "keys": keys,
@@ -152,7 +165,7 @@ class ThreeContexts(Contrast):
         with torch.no_grad():
             worse = (query @ self.queue.keys.T.to(query) < (query * keys).sum(1, keepdim=True)) & counted
             share = torch.where(counted.any(1), worse.sum(1) / counted.sum(1).clamp(min=1), 0.5)
-            terms = {"told_apart": mean_over(share, batch["valid"]), **mean_similarity(query)}
+            terms = metric("told_apart", share, batch["valid"]) | mean_similarity(query, batch["valid"])
         return contrast, {**terms, "pooled": pooled}
 
     def _contexts(self, batch: Batch, maps: Sequence[Tensor], averaged: Sequence[Tensor]) -> Iterator[Context]:

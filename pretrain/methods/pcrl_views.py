@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.functional import affine_grid, grid_sample
 
-from pretrain.crops import read_window
+from pretrain.crops import read_window, share_shown
 from pretrain.volumes import Plane, Volume
 
 _TRIES = 50
@@ -90,12 +90,13 @@ def draw_around(
 def cut(
     source: Volume | Plane, window: Window, size: Sequence[int], rng: np.random.Generator
 ) -> tuple[np.ndarray, float]:
-    """The window resized to (channels, *size), mirrored and turned a little; and its share of foreground.
+    """The window resized to (channels, *size), mirrored and turned a little; and how much of its part of the scan differs
+    from the background, so that scans smaller than the patch count too.
 
     What lies outside the scan or the window is the smallest value of each channel.
     """
-    voxels, _ = read_window(source, window.start, window.size)
-    foreground = float((voxels.mean(0) > source.info.foreground_threshold).mean())
+    voxels, inside = read_window(source, window.start, window.size)
+    shown = share_shown(voxels[(slice(None), *(slice(*part) for part in inside))], source.info)
     lowest = voxels.reshape(len(voxels), -1).min(1).reshape(-1, *[1] * len(size))
     spacing = source.info.spacing
     matrix = jitter([w * s for w, s in zip(window.size, spacing, strict=True)], rng)
@@ -104,7 +105,7 @@ def cut(
     theta = torch.cat([theta, torch.zeros(len(size), 1)], 1)[None]
     image = torch.from_numpy(voxels - lowest)[None]
     grid = affine_grid(theta, [1, 1, *size], align_corners=False)
-    return grid_sample(image, grid, align_corners=False)[0].numpy() + lowest, foreground
+    return grid_sample(image, grid, align_corners=False)[0].numpy() + lowest, shown
 
 
 def jitter(extent: Sequence[float], rng: np.random.Generator) -> np.ndarray:
