@@ -8,11 +8,12 @@ and gain, offset and noise differ from tile to tile. Gaps as in Doersch et al. (
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,7 @@ def choose_grid(
     *,
     one_by_one: bool = False,
     fixed_axis: int | None = None,
+    smaller: Mapping[str, Sequence[int]] | None = None,
 ) -> TileGrid:
     """Sizes of the tiles for scans of `shape` voxels and an encoder of total `stride`.
 
@@ -92,9 +94,12 @@ def choose_grid(
     most gets a single tile (or one tile less at a time, with `one_by_one`); in a plane, on `fixed_axis` or on a second axis
     that would leave too little of the task.
 
+    Args:
+        smaller: other grids that the user can ask for, by how; the first that has room is the remedy.
+
     Raises PlanError naming the axis.
     """
-    grid = list(grid)
+    asked, grid = grid, list(grid)
     given_up: int | None = None
     while True:
         wanted = [math.ceil(n * _FEW * r / _FILL) for n, r in zip(grid, stride, strict=True)]
@@ -106,7 +111,7 @@ def choose_grid(
             break
         axis = needs.index(zoom)
         if len(grid) == 2 or axis == fixed_axis or given_up not in (None, axis):
-            _refuse(axis, grid, stride, shape)
+            raise _refusal(axis, grid[axis], asked, stride, patch_size, shape, fixed_axis, smaller or {})
         given_up = axis
         grid[axis] = grid[axis] - 1 if one_by_one else 1
     native, size = [], []
@@ -117,21 +122,43 @@ def choose_grid(
             native.append(min(length, size[-1]))
             cell[axis] = native[-1]
             if size[-1] > _MAX_ZOOM * native[-1]:
-                _refuse(axis, grid, stride, shape)
+                raise _refusal(axis, 1, asked, stride, patch_size, shape, fixed_axis, smaller or {})
         else:
             size.append(r * max(_FEW, int(zoom * t / r + 1e-9)))
             native.append(min(t, round(size[-1] / zoom)))
     return TileGrid(tuple(grid), tuple(cell), tuple(native), tuple(size))
 
 
-def _refuse(axis: int, grid: Sequence[int], stride: Sequence[int], shape: Sequence[int]) -> NoReturn:
-    raise PlanError(
+def _refusal(
+    axis: int,
+    number: int,
+    asked: Sequence[int],
+    stride: Sequence[int],
+    patch_size: Sequence[int],
+    shape: Sequence[int],
+    fixed_axis: int | None,
+    smaller: Mapping[str, Sequence[int]],
+) -> PlanError:
+    """Why there is no room for `number` tiles on `axis`, and how much there would have to be."""
+
+    def has_room(grid: Sequence[int]) -> bool:
+        try:
+            choose_grid(grid, stride, patch_size, shape, fixed_axis=fixed_axis)
+        except PlanError:
+            return False
+        return True
+
+    way_out = next((f"{how}; or " for how, grid in smaller.items() if has_room(grid)), "")
+    tile = math.ceil(_FEW * stride[axis] / _MAX_ZOOM)
+    # Both are rounded down: what is cut from a cell, and what is left for a cell.
+    needed = tile if number == 1 else number * next(cell for cell in itertools.count(tile) if int(_FILL * cell) >= tile)
+    return PlanError(
         "The scans are too small for tiles with this network",
-        where=f"axis {'zyx'[axis - len(grid)]}",
-        found=f"scans of typically {times(shape)} voxels for a grid of {times(grid)} tiles",
-        expected=f"about {math.ceil(grid[axis] * _FEW * stride[axis] / _MAX_ZOOM / _FILL)} voxels on this axis, because the "
+        where=f"axis {'zyx'[axis - len(asked)]}",
+        found=f"scans of typically {times(shape)} voxels for a grid of {times(asked)} tiles",
+        expected=f"at least {needed} voxels on this axis, because the "
         f"network halves it {round(math.log2(stride[axis]))} times",
-        remedy="--method rotation or exemplar needs no tiles; or plan a finer spacing (--spacing) or a smaller patch "
+        remedy=f"{way_out}--method rotation or exemplar needs no tiles; or plan a finer spacing (--spacing) or a smaller patch "
         "(--patch-size), whose network has fewer halvings",
     )
 
@@ -143,16 +170,19 @@ def typical_shape(pool: Sequence[CaseInfo], dims: int) -> tuple[int, ...]:
 
 def check_pool(grid: TileGrid, pool: Sequence[CaseInfo]) -> None:
     """Say how many scans are too small for the grid; PlanError when these are more than a fifth."""
-    small = sum(not grid.fits(case.shape) for case in pool)
-    if small > _MOST_SMALL * len(pool):
+    small = [case.id for case in pool if not grid.fits(case.shape)]
+    named = ", ".join(small[:3]) + (", …" if len(small) > 3 else "")
+    if len(small) > _MOST_SMALL * len(pool):
         raise PlanError(
             "Too many scans are too small for the grid of tiles",
-            found=f"{small} of {len(pool)}",
+            found=f"{len(small)} of {len(pool)}: {named}",
             expected=f"at least {times([n * t for n, t in zip(grid.grid, grid.native, strict=True)])} voxels",
             remedy="--method rotation or exemplar needs no tiles; or move the small scans to a dataset of their own",
         )
     if small:
-        logger.warning("%d of %d scans are too small for the grid of tiles and are left out", small, len(pool))
+        logger.warning(
+            "%d of %d scans are too small for the grid of tiles and are left out: %s", len(small), len(pool), named
+        )
 
 
 @dataclass(frozen=True)
@@ -189,9 +219,19 @@ def batch_size(target: Target, grid: TileGrid, encoded: int, volumes: int | None
 def draw_cases(grid: TileGrid, pool: Sequence[CaseInfo], count: int, rng: np.random.Generator) -> list[str]:
     """Cases of a batch that hold the grid, different ones if there are enough.
 
-    Where none does, as may be among the few that are held out, any: then `cut_tiles` cuts smaller ones.
+    Where none does, as may be among the few that are held out, those that have a voxel for each tile: then `cut_tiles` cuts
+    smaller ones. PlanError when there is none of these either.
     """
-    usable = [case.id for case in pool if grid.fits(case.shape)] or [case.id for case in pool]
+    usable = [case.id for case in pool if grid.fits(case.shape)] or [
+        case.id for case in pool if all(v >= n for v, n in zip(case.shape[-grid.dims :], grid.grid, strict=True))
+    ]
+    if not usable:
+        raise PlanError(
+            "None of these scans has room for the grid of tiles",
+            found=", ".join(f"{case.id} ({times(case.shape)} voxels)" for case in pool[:3]),
+            expected=f"{times(grid.grid)} tiles of {times(grid.native)} voxels",
+            remedy="if they are the scans held out for measuring, --seed holds out others; else leave out scans this small",
+        )
     return [str(name) for name in rng.choice(usable, size=count, replace=count > len(usable))]
 
 

@@ -198,6 +198,8 @@ def test_plans_of_three_and_two_dimensions() -> None:
     assert CPC.plan(tiny_target(), thin, CPCConfig()).grid.grid == (1, 4, 3)
     plane = CPC.plan(tiny_target(2), pool, CPCConfig())
     assert (plane.grid.grid, plane.row_axis, plane.columns) == ((4, 3), 0, (3,))
+    with pytest.raises(PlanError, match=r"grid of 4×3 tiles[\s\S]*to fix\s+--set cpc.rows=3; or"):
+        CPC.plan(tiny_target(2), [Array(np.zeros((1, 5, 15, 15))).info], CPCConfig())
     with pytest.raises(PlanError, match="too small for tiles"):
         CPC.plan(tiny_target(2), [Array(np.zeros((1, 13, 10, 9))).info], CPCConfig())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -109,6 +110,20 @@ def test_what_cannot_be_tiled_is_refused_with_the_axis_and_a_way_out() -> None:
         choose_grid((3, 3), (32, 32), (64, 64), (22, 200))  # a plane has no axis to spare
     with pytest.raises(PlanError, match="axis y"):
         choose_grid((3, 4, 3), (8, 32, 8), (64, 64, 64), (100, 30, 100), fixed_axis=1)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [2, 4, 8, 16, 32, 64])
+def test_a_scan_of_the_stated_size_has_room_and_a_smaller_one_has_not(stride: int, tiles: int) -> None:
+    def chosen(length: int) -> TileGrid:
+        return choose_grid((tiles, 3), (stride, 2), (4 * stride, 8), (length, 100))
+
+    with pytest.raises(PlanError) as refused:
+        chosen(1)
+    stated = int(re.findall(r"at least (\d+) voxels", str(refused.value))[0])
+    assert chosen(stated).fits((stated, 100))
+    with pytest.raises(PlanError, match=f"at least {stated} voxels"):
+        chosen(stated - 1)
 
 
 def test_the_size_that_nine_in_ten_scans_have() -> None:
@@ -243,7 +258,7 @@ def test_small_scans_are_left_out_and_too_many_are_refused(caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING, "autoseg"):
         check_pool(grid, [*good, bad[0]])
     assert "1 of 10 scans" in caplog.text
-    with pytest.raises(PlanError, match=r"3 of 12[\s\S]*4×18×18"):
+    with pytest.raises(PlanError, match=r"3 of 12: bad0, bad1, bad2[\s\S]*4×18×18"):
         check_pool(grid, [*good, *bad])
     rng = np.random.default_rng(0)
     drawn = [name for _ in range(20) for name in draw_cases(grid, [*good, *bad], 5, rng)]
@@ -251,6 +266,8 @@ def test_small_scans_are_left_out_and_too_many_are_refused(caplog: pytest.LogCap
     assert len(set(draw_cases(grid, good, 9, rng))) == 9
     assert len(draw_cases(grid, good[:2], 5, rng)) == 5
     assert set(draw_cases(grid, bad, 3, rng)) == {case.id for case in bad}
+    with pytest.raises(PlanError, match=r"thin \(1×4×2 voxels\)[\s\S]*--seed"):
+        draw_cases(grid, [Array(np.zeros((1, 1, 4, 2)), "thin").info], 3, rng)
 
 
 def test_as_many_tiles_as_the_plan_leaves_memory_for() -> None:

@@ -122,8 +122,18 @@ class CPC(PretrainMethod):
         dims = target.encoder.spatial_dims
         stride, shape = target.encoder.total_stride, typical_shape(pool, dims)
         row_axis = choose_row_axis(shape, stride, target.spacing)
-        wanted = [config.rows if axis == row_axis else _COLUMNS for axis in range(dims)]
-        grid = choose_grid(wanted, stride, target.patch_size, shape, fixed_axis=row_axis)
+
+        def with_rows(rows: int) -> list[int]:
+            return [rows if axis == row_axis else _COLUMNS for axis in range(dims)]
+
+        grid = choose_grid(
+            with_rows(config.rows),
+            stride,
+            target.patch_size,
+            shape,
+            fixed_axis=row_axis,
+            smaller={f"--set cpc.rows={rows}": with_rows(rows) for rows in range(config.rows - 1, 1, -1)},
+        )
         check_pool(grid, pool)
         spec = CPCSpec(grid, batch_size(target, grid, grid.tiles, config.volumes, least=_LEAST_VOLUMES), row_axis)
         logger.info(
