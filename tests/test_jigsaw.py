@@ -80,6 +80,14 @@ def test_affine_permutations_lie_as_far_apart_as_can_be(tiles: int, count: int, 
     assert smallest_distance(chosen) == least
 
 
+@pytest.mark.parametrize("tiles", [3, 4, 6])
+def test_no_greedy_permutation_is_taken_twice(tiles: int) -> None:
+    every = choose_permutations(tiles, math.factorial(tiles), "greedy")
+    assert len(np.unique(every, axis=0)) == math.factorial(tiles)
+    with pytest.raises(ValueError, match="different ones"):
+        choose_permutations(tiles, math.factorial(tiles) + 1, "greedy")
+
+
 def test_affine_permutations_do_not_shift_the_grid() -> None:
     """Renamed, translations (a = 1) leave few pairs of neighbours beside each other."""
     chosen = affine_permutations(27, np.random.default_rng(0))[:27]
@@ -105,8 +113,9 @@ def test_a_run_that_goes_on_keeps_its_permutations() -> None:
 
 
 def test_how_many_permutations() -> None:
-    assert [permutation_count(tiles, 20) for tiles in (27, 18, 9, 8, 4)] == [100, 100, 64, 50, 12]
-    assert [permutation_count(tiles, 1000) for tiles in (27, 18, 9)] == [1000, 1000, 64]
+    assert [permutation_count(tiles, 20, "greedy") for tiles in (27, 18, 9, 8, 4)] == [100, 100, 64, 50, 12]
+    assert [permutation_count(tiles, 1000, "greedy") for tiles in (27, 18, 9)] == [1000, 1000, 64]
+    assert [permutation_count(tiles, 1000, "affine") for tiles in (27, 9, 4)] == [702, 64, 12]
 
 
 # Views and answers ----------------------------------------------------------------------------------------------------
@@ -217,10 +226,23 @@ def test_orders_that_do_not_exist_are_refused() -> None:
     pool = [textured().info]
     with pytest.raises(PlanError, match="at most 24"):
         Jigsaw.plan(tiny_target(2), pool, JigsawConfig(tiles=2, permutations=25))
-    with pytest.raises(PlanError, match="at most 72"):
+    with pytest.raises(PlanError, match=r"at most 72[\s\S]*jigsaw.permutations=72"):
         Jigsaw.plan(tiny_target(2), pool, JigsawConfig(permutations=73, choice="affine"))
     with pytest.raises(PlanError, match=r"16 tiles[\s\S]*greedy"):
         Jigsaw.plan(tiny_target(2), [Array(np.zeros((1, 3, 60, 60))).info], JigsawConfig(tiles=4, choice="affine"))
+
+
+def test_a_thousand_scans_have_a_thousand_orders() -> None:
+    spec = Jigsaw.plan(tiny_target(), [textured().info] * 1000, JigsawConfig())
+    assert (spec.grid.tiles, spec.permutations) == (27, 1000)
+    assert Jigsaw.plan(tiny_target(), [textured().info] * 1000, JigsawConfig(choice="affine")).permutations == 702
+
+
+def test_fewer_tiles_are_the_remedy_only_where_they_have_room() -> None:
+    """The smallest tile has four voxels and a cell of five: three of them in 15, two in 10."""
+    for pixels, remedy in ((14, r"to fix\s+--set jigsaw.tiles=2; or"), (9, r"to fix\s+--method")):
+        with pytest.raises(PlanError, match=remedy):
+            Jigsaw.plan(tiny_target(2), [Array(np.zeros((1, 5, pixels, pixels))).info], JigsawConfig())
 
 
 @pytest.mark.parametrize("grid", [(3, 3, 3), (2, 2, 2), (3, 3)])

@@ -65,7 +65,7 @@ class JigsawConfig:
     steps: Annotated[int, Field(ge=1)] = 50_000
     """Optimiser steps; the schedule ends with them."""
     tiles: Annotated[int, Field(ge=2, le=4)] = 3
-    """Tiles along each axis; an axis with too few voxels gets fewer."""
+    """Tiles along each axis; in 3D one axis may have too few voxels for as many and gets fewer."""
     permutations: Annotated[int, Field(ge=2)] | None = None
     """Orders to choose from, that is classes; none: 100, or 1000 from 1000 scans on, and fewer for 9 tiles or less."""
     choice: Literal["greedy", "affine"] = "greedy"
@@ -119,9 +119,10 @@ class Jigsaw(PretrainMethod):
             target.patch_size,
             typical_shape(pool, dims),
             one_by_one=True,
+            smaller={f"--set jigsaw.tiles={n}": [n] * dims for n in range(config.tiles - 1, 1, -1)},
         )
         check_pool(grid, pool)
-        count = config.permutations or permutation_count(grid.tiles, len(pool))
+        count = config.permutations or permutation_count(grid.tiles, len(pool), config.choice)
         _check_permutations(grid, count, config.choice)
         spec = JigsawSpec(grid, batch_size(target, grid, grid.tiles, config.volumes), count, config.puzzles)
         logger.info(
@@ -221,9 +222,10 @@ def shuffled(tiles: Tensor, orders: Tensor) -> Tensor:
     return torch.stack([one[order] for one, order in zip(tiles, orders, strict=True)])
 
 
-def permutation_count(tiles: int, scans: int) -> int:
+def permutation_count(tiles: int, scans: int, choice: Literal["greedy", "affine"]) -> int:
     """Orders to choose from: a class of 1000 sees too few examples in a small pool."""
-    return _OF_FEW_TILES.get(tiles, _MANY_PERMUTATIONS if scans >= _MANY_SCANS else _PERMUTATIONS)
+    wanted = _OF_FEW_TILES.get(tiles, _MANY_PERMUTATIONS if scans >= _MANY_SCANS else _PERMUTATIONS)
+    return min(wanted, most_permutations(tiles, choice))
 
 
 def _check_permutations(grid: TileGrid, count: int, choice: Literal["greedy", "affine"]) -> None:
@@ -240,5 +242,5 @@ def _check_permutations(grid: TileGrid, count: int, choice: Literal["greedy", "a
             "There are not as many orders",
             found=count,
             expected=f"at most {most} for {times(grid.grid)} tiles",
-            remedy=f"--set jigsaw.permutations={permutation_count(grid.tiles, 0)}",
+            remedy=f"--set jigsaw.permutations={most}",
         )

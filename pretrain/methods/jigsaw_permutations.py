@@ -21,8 +21,8 @@ FIELD_SIZES = tuple(sorted(_FIELDS))
 
 
 def most_permutations(tiles: int, choice: Literal["greedy", "affine"]) -> int:
-    """How many different ones there are to choose from."""
-    return tiles * (tiles - 1) if choice == "affine" else math.factorial(tiles)
+    """How many different ones `choose_permutations` has: greedy at most half its pool, in which some may be equal."""
+    return tiles * (tiles - 1) if choice == "affine" else min(math.factorial(tiles), _POOL // 2)
 
 
 def choose_permutations(tiles: int, count: int, choice: Literal["greedy", "affine"], seed: int = 0) -> np.ndarray:
@@ -41,6 +41,8 @@ def choose_permutations(tiles: int, count: int, choice: Literal["greedy", "affin
     chosen = [0]
     while len(chosen) < count:
         nearest = np.minimum(nearest, (pool != pool[chosen[-1]]).sum(1))
+        if not nearest.any():
+            raise ValueError(f"{_POOL} random orders of {tiles} tiles hold {len(chosen)} different ones, not {count}")
         chosen.append(int(nearest.argmax()))
     return pool[chosen]
 
