@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -167,6 +168,35 @@ def test_tiles_of_air_are_marked() -> None:
     marked = ~views["valid"].reshape(4, 3, 3)  # rows (y), then z and x
     assert marked[..., 2].any()
     assert not marked[..., 0].any()
+
+
+def test_the_mask_is_that_of_the_rows_below() -> None:
+    model = tiny_model()
+    batch = batch_of(model)
+    batch["valid"][:, :18] = False  # the rows that are known
+    assert model.predict(batch)[2].all()
+    batch["valid"] = ~batch["valid"]
+    assert not model.predict(batch)[2].any()
+
+
+def test_the_temperature_is_the_users() -> None:
+    model = tiny_model().eval()
+    batch = batch_of(model)
+    expected = row_loss(*model.predict(batch), 0.5)["loss"]
+    model.config = dataclasses.replace(model.config, temperature=0.5)
+    assert float(model.loss(batch, STEP)["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(expected) != pytest.approx(float(row_loss(*model.predict(batch), 1.0)["loss"]), rel=1e-3)
+
+
+def test_a_region_of_air_is_drawn_again() -> None:
+    """The lower half of the scan is air: with ten tries rarely a region has more of it than may be."""
+    scan = textured()
+    voxels = np.concatenate([scan.voxels, np.full_like(scan.voxels, scan.voxels.min())], 2)
+    shown = [
+        CPC.sample(spec_of(), Array(voxels), None, np.random.default_rng(seed))["valid"].mean()  # type: ignore[arg-type]
+        for seed in range(20)
+    ]
+    assert np.mean(shown) > 0.9
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------

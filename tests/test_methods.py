@@ -142,7 +142,7 @@ def test_every_geometry_works_or_is_refused_with_a_remedy(name: str, kind: str) 
         pytest.skip("the catalog says so, and the loop refuses it")
     result = built(name, kind)
     if isinstance(result, PlanError):
-        assert result.remedy
+        assert "to fix" in str(result)
         return
     model, scans = result
     for parameter in model.parameters():
