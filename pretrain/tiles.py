@@ -235,11 +235,6 @@ def draw_cases(grid: TileGrid, pool: Sequence[CaseInfo], count: int, rng: np.ran
     return [str(name) for name in rng.choice(usable, size=count, replace=count > len(usable))]
 
 
-def scan_or_slice(grid: TileGrid, case: Volume, rng: np.random.Generator) -> Volume | Plane:
-    """The scan, or a random slice of its foreground for tiles of two dimensions."""
-    return case if grid.dims == 3 else case.plane(int(rng.integers(*case.info.foreground_box[0])))
-
-
 def cut_tiles(
     grid: TileGrid, source: Volume | Plane, which: Sequence[int], rng: np.random.Generator
 ) -> tuple[list[np.ndarray], np.ndarray]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from planners.errors import PlanError
-from pretrain.crops import is_air
+from pretrain.crops import is_air, volume_or_plane
 from pretrain.encoders import build_segmentation_network, encoder_info, encoder_of
 from pretrain.method import Target
 from pretrain.tiles import (
@@ -23,7 +23,6 @@ from pretrain.tiles import (
     draw_cases,
     encode_tiles,
     finish_tiles,
-    scan_or_slice,
     tile_features,
     typical_shape,
 )
@@ -191,7 +190,7 @@ def test_tiles_of_two_dimensions_come_from_slices_of_the_foreground() -> None:
     seen = set()
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        tiles, _ = cut_tiles(grid, scan_or_slice(grid, volume, rng), range(9), rng)  # type: ignore[arg-type]
+        tiles, _ = cut_tiles(grid, volume_or_plane(volume, 2, rng), range(9), rng)  # type: ignore[arg-type]
         assert tiles[0].shape == (3, 3, 3)
         seen |= {float(tile[0, 0, 0]) for tile in tiles}
     assert seen == {3.0, 4.0}

@@ -6,8 +6,9 @@ Consulted: HealthML/self-supervised-3d-tasks (GPL-3.0), for what it does, not it
 
 The loss is InfoNCE over all tiles of a row in the batch; the formula that Taleb et al. print has the sum over negatives inside
 the exponential, which would be a product. Differs from the authors' code on purpose: cosine over a temperature instead of a
-sigmoid with one negative; no overlap of tiles, no padding and no mirrored tiles, which would all tell the place; tiles of air
-are neither asked for nor offered; rows and grid follow the plan, so anisotropic and 2D data work.
+sigmoid with one negative; no overlap of tiles and no padding, which would tell the place, and no mirrored tiles, which would
+lose the direction; tiles of air are neither asked for nor offered; rows and grid follow the plan, so anisotropic and 2D data
+work.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.nn import functional
 from planners.anisotropy import degree_of_anisotropy
 from pretrain import distributed
 from pretrain.classes import still_guessing
-from pretrain.crops import best_of
+from pretrain.crops import best_of, volume_or_plane
 from pretrain.encoders import encoder_of
 from pretrain.method import Batch, Export, PretrainMethod, Stage, Step, Target, Terms
 from pretrain.tiles import (
@@ -42,7 +43,6 @@ from pretrain.tiles import (
     draw_cases,
     encode_tiles,
     finish_tiles,
-    scan_or_slice,
     tile_features,
     typical_shape,
 )
@@ -159,7 +159,7 @@ class CPC(PretrainMethod):
         """
 
         def attempt() -> tuple[tuple[list[np.ndarray], np.ndarray], float]:
-            tiles, air = cut_tiles(spec.grid, scan_or_slice(spec.grid, case, rng), spec.order, rng)  # type: ignore[arg-type]
+            tiles, air = cut_tiles(spec.grid, volume_or_plane(case, spec.grid.dims, rng), spec.order, rng)  # type: ignore[arg-type]
             return (tiles, ~air), 1 - float(air.mean())
 
         (tiles, valid), _ = best_of(10, attempt, 1 - AIR_SHARE)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from planners.decisions import times
 from planners.errors import PlanError
 from pretrain.classes import class_loss, probabilities, still_guessing
-from pretrain.crops import best_of
+from pretrain.crops import best_of, volume_or_plane
 from pretrain.encoders import encoder_of
 from pretrain.heads import classifier
 from pretrain.method import Batch, Export, PretrainMethod, Stage, Step, Target, Terms
@@ -45,7 +45,6 @@ from pretrain.tiles import (
     draw_cases,
     encode_tiles,
     finish_tiles,
-    scan_or_slice,
     tile_features,
     typical_shape,
 )
@@ -151,7 +150,7 @@ class Jigsaw(PretrainMethod):
         """
 
         def attempt() -> tuple[tuple[list[np.ndarray], float], float]:
-            tiles, air = cut_tiles(spec.grid, scan_or_slice(spec.grid, case, rng), range(spec.grid.tiles), rng)
+            tiles, air = cut_tiles(spec.grid, volume_or_plane(case, spec.grid.dims, rng), range(spec.grid.tiles), rng)
             shown = 1 - float(air.mean())
             return (tiles, shown), shown
 

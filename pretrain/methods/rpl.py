@@ -5,8 +5,8 @@ after Doersch, Gupta, Efros, "Unsupervised Visual Representation Learning by Con
 arXiv:1505.05192. Consulted: HealthML/self-supervised-3d-tasks (GPL-3.0), for what it does, not its code.
 
 Differs from the authors' code on purpose: one linear layer for both tiles, so that the order of the two vectors carries the
-direction; several neighbours of one centre; wider gaps; tiles of air are not asked
-for; each tile is standardised; the grid follows the plan, so anisotropic and 2D data work.
+direction; several neighbours of one centre; wider gaps; tiles of air are not asked for; each
+tile is standardised; the grid follows the plan, so anisotropic and 2D data work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.classes import class_loss, probabilities, still_guessing
-from pretrain.crops import best_of
+from pretrain.crops import best_of, volume_or_plane
 from pretrain.encoders import encoder_of
 from pretrain.heads import classifier
 from pretrain.method import Batch, Export, PretrainMethod, Stage, Step, Target, Terms
@@ -36,7 +36,6 @@ from pretrain.tiles import (
     draw_cases,
     encode_tiles,
     finish_tiles,
-    scan_or_slice,
     tile_features,
     typical_shape,
 )
@@ -131,7 +130,7 @@ class RPL(PretrainMethod):
         def attempt() -> tuple[tuple[list[np.ndarray], np.ndarray, np.ndarray], float]:
             labels = rng.choice(spec.classes, size=spec.neighbours, replace=False)
             asked = [spec.centre, *neighbour_index(labels, spec.centre)]
-            tiles, air = cut_tiles(spec.grid, scan_or_slice(spec.grid, case, rng), asked, rng)
+            tiles, air = cut_tiles(spec.grid, volume_or_plane(case, spec.grid.dims, rng), asked, rng)
             valid = ~air[1:] & ~air[0]
             return (tiles, labels, valid), float(valid.mean())
 
