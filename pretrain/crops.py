@@ -12,7 +12,8 @@ from torch.nn.functional import interpolate
 from pretrain.volumes import CaseInfo, Plane, Volume
 
 T = TypeVar("T")
-_MODES = {2: "bilinear", 3: "trilinear"}
+LINEAR = {2: "bilinear", 3: "trilinear"}
+"""torch's name of linear interpolation, by the number of axes."""
 _AIR_LEVEL = 0.02  # of the scan's range of intensities, around its lowest
 _LEAST_SHOWN = 0.1
 _FLAT = 0.05  # of the scan's standard deviation
@@ -49,7 +50,7 @@ def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     if tuple(image.shape[1:]) == tuple(size):
         return image
     tensor = torch.from_numpy(np.ascontiguousarray(image))[None]
-    return interpolate(tensor, size=tuple(size), mode=_MODES[len(size)], align_corners=False)[0].numpy()
+    return interpolate(tensor, size=tuple(size), mode=LINEAR[len(size)], align_corners=False)[0].numpy()
 
 
 def share_shown(crop: np.ndarray, info: CaseInfo) -> float:

@@ -218,6 +218,8 @@ class PCRLNetwork(nn.Module):
         widths = [64, 128, 256, 512]
         for width, given in zip(widths, (1, *widths), strict=False):
             self.add_module(f"down_tr{width}", self._block(given, max(width // 2, 32), width))
+        if version == 1:
+            self.fc1, self.fc2 = nn.Linear(512, 128), nn.Linear(128, 128)
         for width in reversed(widths[:-1]):
             up = self._block(2 * width + (width if version == 1 else 0), width, width)
             up.up_conv = nn.ConvTranspose3d(2 * width, 2 * width, 2, 2)
@@ -232,7 +234,6 @@ class PCRLNetwork(nn.Module):
         self.out_tr = nn.Module()
         self.out_tr.final_conv = nn.Conv3d(64, 1, 1)
         if version == 1:
-            self.fc1, self.fc2 = nn.Linear(512, 128), nn.Linear(128, 128)
             self.aug_fc1, self.aug_fc2 = nn.Linear(7, 256), nn.Linear(256, 512)
         self.eval()
 
@@ -248,6 +249,10 @@ class PCRLNetwork(nn.Module):
         for name in ("down_tr128", "down_tr256", "down_tr512"):
             found.append(getattr(self, name).ops(nn.functional.max_pool3d(found[-1], 2)))
         return found
+
+    def embedding(self, x: Tensor) -> Tensor:
+        """Version 1: what contrast compares, before it is normalised."""
+        return self.fc2(self.fc1(self.maps(x)[-1].mean((2, 3, 4))).relu())
 
     def pyramid(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
         """Version 2: the output, and (z, p, middle image) of each scale."""

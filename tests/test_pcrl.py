@@ -13,15 +13,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planners.errors import PlanError
+from planners.errors import PlanError, SettingsError
 from pretrain.checkpoint import load_encoder, save_encoder
 from pretrain.encoders import build_segmentation_network, encoder_info
 from pretrain.method import Step, Target
 from pretrain.methods.pcrl import PCRL, PCRLConfig, PCRLSpec, local_size, queue_size
-from pretrain.methods.pcrl_parts import KeyQueue, RunningNorm, TransAtt, explained, info_nce, noise_contrast
+from pretrain.methods.pcrl_parts import (
+    KeyQueue,
+    RunningNorm,
+    TransAtt,
+    explained,
+    info_nce,
+    mean_similarity,
+    noise_contrast,
+)
 from pretrain.methods.pcrl_pyramid import Predictor, comparison, fading
 from pretrain.methods.pcrl_three import mixed
 from pretrain.optimise import build_optimizer, prepare_stage, update_averages
+from pretrain.settings import configure
 from pretrain.transfer import transfer
 from tests.test_checkpoint import card
 from tests.test_voco import Array
@@ -204,7 +213,7 @@ def test_explained_variance() -> None:
 
 def test_the_average_follows_and_never_learns() -> None:
     """Every tensor is m · average + (1 - m) · online after a step; no gradient, no place in the optimiser."""
-    model = with_negatives(tiny_model(momentum=0.9))
+    model = with_negatives(tiny_model(momentum=0.9, queue=32))
     optimizer = build_optimizer(model.stages()[0], model.parameter_groups(model.stages()[0]))
     before = copy.deepcopy([pair.average for pair in model.momentum_pairs()])
     batch = batch_of(model)
@@ -219,7 +228,7 @@ def test_the_average_follows_and_never_learns() -> None:
     for old, pair in zip(before, model.momentum_pairs(), strict=True):
         for was, now, online in zip(old.parameters(), pair.average.parameters(), pair.online.parameters(), strict=True):
             assert torch.allclose(now, 0.9 * was + 0.1 * online, atol=1e-12)
-    assert int(model.task.queue.filled) == min(8, 6 + 2 * 2 + 2)
+    assert int(model.task.queue.filled) == 6 + 2 * 2 + 2
 
 
 def test_the_momentum_context_teaches_the_decoder_only() -> None:
@@ -284,7 +293,7 @@ def test_the_indicator_changes_the_answer_and_not_the_embedding() -> None:
         assert not torch.equal(model.task.restored(a), model.task.restored(b))
     assert all(torch.equal(x, y) for x, y in zip(kept, maps, strict=True))
     first = model.loss(batch, STEP)
-    batch["codes"][:, 0] = batch["codes"][:, 0].roll(1, 1)
+    batch["codes"][:, 0, 0] = 1 - batch["codes"][:, 0, 0]
     assert torch.equal(first["contrast"], model.loss(batch, STEP)["contrast"])
 
 
@@ -319,6 +328,81 @@ def test_views_that_show_nothing_do_not_count() -> None:
     assert float(first["loss"]) == pytest.approx(float(second["loss"]), abs=1e-12)
     model.after_step(batch, second, STEP)
     assert (model.task.queue.cases == -1).sum() >= 1
+
+
+def test_the_hybrid_key_teaches_nothing() -> None:
+    """Gradients are those of a key that is held fixed."""
+    model = with_negatives(tiny_model())
+    task, batch = model.task, batch_of(model)
+    with torch.no_grad():
+        maps, averaged = list(task.body.encoder(batch["input"][:, 0])), task.averaged(batch["input"][:, 1])
+        keys, _ = task.embedding_average(averaged[-1])
+    deepest = maps[-1].requires_grad_()
+    found = torch.autograd.grad(task._contrast(batch, deepest, averaged[-1], keys)[0], deepest)[0]
+    query, hybrid = (task.embedding(m)[0] for m in (deepest, mixed(deepest, averaged[-1], batch["mix"][0])))
+    counted = task.queue.counted(batch["case"], mask_same_case=True)
+    each = [info_nce(query, key, task.queue.keys, counted, 0.2).mean() for key in (keys, hybrid.detach())]
+    assert torch.allclose(found, torch.autograd.grad(sum(each) / 2, deepest)[0], atol=1e-12)
+
+
+def test_the_three_contexts_are_drawn_apart() -> None:
+    spec = tiny_model(identity=0.0, blur=0, shuffle=0, paint=0).spec
+    scan, rng = blobs("a"), np.random.default_rng(0)
+    drawn = np.stack([PCRL.sample(spec, scan, {"mix": np.float32(0.7)}, rng)["codes"] for _ in range(30)])  # type: ignore[arg-type]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (drawn[:, a] == drawn[:, b]).all(1).mean() < 0.5  # 1/16 are expected to be equal
+
+
+def test_the_average_is_a_copy_without_momentum_and_stays_with_full() -> None:
+    for momentum in (0.0, 1.0):
+        model = tiny_model(momentum=momentum)
+        for pair in model.momentum_pairs():
+            before = copy.deepcopy(pair.average.state_dict())
+            with torch.no_grad():
+                for parameter in pair.online.parameters():
+                    parameter.add_(1)
+            update_averages([pair], Step("main", 3, 10_000, 3))
+            expected = pair.online.state_dict() if momentum == 0 else before
+            assert all(torch.equal(expected[n], t) for n, t in pair.average.state_dict().items())
+
+
+def test_the_norms_learn_from_samples_that_show_something() -> None:
+    models = [with_negatives(tiny_model(mode=mode)) for mode in ("paper", "paper", "official", "official")]
+    batch = [batch_of(model) for model in models]
+    for number, (model, one) in enumerate(zip(models, batch, strict=True)):
+        one["valid"][1] = 0
+        if number % 2:
+            one["input"][1] *= -3
+        with torch.no_grad():
+            model.after_step(one, model.loss(one, STEP), STEP)
+    for a, b in (models[:2], models[2:]):
+        for name in ("embedding", "embedding_average"):
+            assert torch.equal(getattr(a.task, name).norm.mean, getattr(b.task, name).norm.mean)
+    norm = models[0].task.embedding.norm
+    before = (int(norm.count), norm.mean.clone())
+    norm.update(torch.zeros(0, len(norm.mean), dtype=torch.float64))
+    assert (int(norm.count), norm.mean.tolist()) == (before[0], before[1].tolist())
+
+
+@pytest.mark.parametrize("mode", ["paper", "official"])
+def test_logits_keep_their_precision_within_autocast(mode: str) -> None:
+    model = with_negatives(tiny_model(mode=mode, double=False))
+    task, batch = model.task, batch_of(model)
+    with torch.no_grad():
+        deepest, averaged = task.body.encoder(batch["input"][:, 0])[-1], task.averaged(batch["input"][:, 1])[-1]
+        (query, _), (keys, _) = task.embedding(deepest), task.embedding_average(averaged)
+
+        def computed() -> list[Tensor]:
+            if mode == "official":
+                own = task._contrast(batch, query, keys, batch["valid"]), task._scale(batch, query)
+                return [*own, *mean_similarity(query, batch["valid"]).values()]
+            loss, metrics = task._contrast(batch, deepest, averaged, keys)
+            return [loss, metrics["told_apart"], metrics["similarity"]]
+
+        exact = computed()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            within = computed()
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(exact, within, strict=True))
 
 
 def test_momentum_rises_in_short_runs() -> None:
@@ -421,6 +505,24 @@ def test_the_average_encoder_can_be_handed_on() -> None:
         tiny_model(mode="v2", keep="average")
 
 
+def test_settings_that_leave_nothing_to_cut_are_refused() -> None:
+    for settings in ({"local_views": "0"}, {"zooms": ()}):
+        with pytest.raises(SettingsError, match=r"at least 1|greater than or equal to 1"):
+            configure(PCRLConfig, "pcrl", settings)
+
+
+def test_what_differs_from_the_authors_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="autoseg")
+    infos = [blobs(name).info for name in "abcde"]
+    PCRL.plan(target_of(), infos, PCRLConfig(mode="official"))
+    assert "last 1024 keys, not 16384" in caplog.text
+    assert "not restored (as in the authors' code" in caplog.text
+    caplog.clear()
+    PCRL.plan(target_of(), infos, PCRLConfig(queue=5))
+    assert "16384" not in caplog.text
+    assert "not restored" not in caplog.text
+
+
 def test_a_patch_that_does_not_fit_is_refused() -> None:
     for patch in ((8, 24), (7, 24, 20), (2, 4, 4)):
         with pytest.raises(PlanError, match="Not a patch"):
@@ -510,6 +612,60 @@ def test_the_official_mode_mixes_images_and_counts_its_terms() -> None:
     assert float(model.loss(batch, STEP)["blended"]) == pytest.approx(float(expected))
 
 
+def test_the_official_targets_and_pairs_are_those_of_the_authors() -> None:
+    """Four targets and three pairs, put together here step by step (specification of PCRL, §1.6)."""
+    model = with_negatives(tiny_model(mode="official"))
+    task, batch = model.task, batch_of(model)
+    share, blend, second = torch.tensor([0.7, 0.6, 0.8], dtype=torch.float64)
+    batch["mix"][:] = torch.stack([share, blend, second])
+    batch["partner"] = torch.tensor([1, 0])
+    batch["codes"][:] = torch.tensor([[1.0, 0, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0, 0]])
+    terms = model.loss(batch, STEP)
+
+    first, other = batch["input"].unbind(1)
+    clean, clean_other = batch["clean"].unbind(1)
+    own_code, other_code = batch["codes"][:, 0], batch["codes"][:, 1]
+    partner = [1, 0]
+    with torch.no_grad():
+        maps, averaged = task.body.encoder(first), task.average(other)
+        own, average = task.gated(maps, own_code), task.gated(averaged, other_code)
+        blended = [x * blend + x[partner] * (1 - blend) for x in (first, other, clean, clean_other)]
+        second_maps, second_averaged = task.body.encoder(blended[0]), task.average(blended[1])
+        hybrid = [a * share + b * (1 - share) for a, b in zip(own, average, strict=True)]
+        second_hybrid = [a * second + b * (1 - second) for a, b in zip(second_maps, second_averaged, strict=True)]
+        turned, turned_other = clean.flip(2), clean_other.flip(3).rot90(2, (3, 4))
+        expected = {
+            "ordinary": (own, turned),
+            "hybrid": (hybrid, share * turned + (1 - share) * turned_other),
+            "blended": (second_maps, blended[2]),
+            "blended_hybrid": (second_hybrid, second * blended[2] + (1 - second) * blended[3]),
+        }
+        for name, (seen, target) in expected.items():
+            error = ((task.restored(seen) - target) ** 2).mean()
+            assert float(terms[name]) == pytest.approx(float(error), rel=1e-9), name
+
+        z, z_second = task.embedding(maps[-1])[0], task.embedding(second_maps[-1])[0]
+        key, key_second = task.embedding_average(averaged[-1])[0], task.embedding_average(second_averaged[-1])[0]
+        counted = task.queue.counted(batch["case"], mask_same_case=True)
+
+        def pair(query: Tensor, positive: Tensor) -> Tensor:
+            scores = [(s / 0.2).exp() / task.normaliser for s in ((query * positive).sum(1), query @ task.queue.keys.T)]
+            return noise_contrast(scores[0], scores[1], counted, model.spec.images).mean()
+
+        blended_key = blend * key + (1 - blend) * key[partner]
+        pairs = [pair(z, key), pair(z_second, key_second), pair(z_second, blended_key)]
+    assert float(terms["contrast"]) == pytest.approx(float(sum(pairs)) / 3, rel=1e-9)
+
+
+def test_partners_that_show_nothing_are_not_mixed_in() -> None:
+    model = with_negatives(tiny_model(mode="official"))
+    batch = batch_of(model)
+    batch["partner"], batch["valid"][1] = torch.tensor([1, 0]), 0
+    first = float(model.loss(batch, STEP)["loss"])
+    batch["input"][1], batch["clean"][1] = 9, 9
+    assert float(model.loss(batch, STEP)["loss"]) == pytest.approx(first, abs=1e-12)
+
+
 def test_the_normaliser_is_set_once_there_are_negatives() -> None:
     model = tiny_model(mode="official", mask_same_case=False)
     batch = batch_of(model)
@@ -562,6 +718,29 @@ def test_every_local_view_counts_and_their_order_does_not() -> None:
         changed = {**batch, "local": batch["local"].clone()}
         changed["local"][:, view] += torch.randn_like(changed["local"][:, view])
         assert float(model.loss(changed, STEP)["compare_local"]) != float(whole)
+
+
+def test_what_shows_nothing_stays_out_of_the_predictors_statistics() -> None:
+    model = tiny_model(mode="v2")
+    batch = batch_of(model)
+    batch["valid"][1] = 0
+    first = float(model.loss(batch, STEP)["loss"])
+    batch["input"][1] *= -3
+    batch["local"][1] *= -3
+    assert float(model.loss(batch, STEP)["loss"]) == pytest.approx(first, abs=1e-12)
+
+
+def test_collapse_of_the_pyramid_shows_before_the_norm() -> None:
+    model = tiny_model(mode="v2")
+    batch = batch_of(model)
+    late = Step("main", 60, 100, 60)
+    assert model.diagnose({"similarity": float(model.loss(batch, STEP)["similarity"])}, late) is None
+    for name, parameter in model.task.body.decoder.named_parameters():
+        if ".norm." in name:
+            nn.init.constant_(parameter, 1e-4 if name.endswith("weight") else 1.0)
+    collapsed = float(model.loss(batch, STEP)["similarity"])
+    assert collapsed == pytest.approx(1, abs=1e-6)
+    assert "nearly the same" in str(model.diagnose({"similarity": collapsed}, late))
 
 
 def test_predictors_take_their_statistics_from_the_batch() -> None:

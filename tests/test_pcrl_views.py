@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.methods import pcrl_views
+from pretrain.methods import pcrl_corruption, pcrl_views
+from pretrain.methods.pcrl import local_size
 from pretrain.methods.pcrl_contexts import code, contexts_of
 from pretrain.methods.pcrl_corruption import Corruption, blurred, corrupt, disturb, painted, shuffled, swapped
 from pretrain.methods.pcrl_views import Window, cut, draw_around, draw_pair, jitter, overlap
@@ -99,13 +100,18 @@ def test_pairs_overlap_and_fit(shape: tuple[int, ...], monkeypatch: pytest.Monke
                     assert w <= max(n, p)
 
 
-def test_small_views_lie_around_the_large_ones_and_inside_the_scan() -> None:
+@pytest.mark.parametrize(
+    ("shape", "patch", "stride"), [((60, 70, 50), (16, 24, 20), (4, 4, 4)), ((300,) * 3, (96,) * 3, (32,) * 3)]
+)
+def test_small_views_lie_around_the_large_ones_and_inside_the_scan(
+    shape: tuple[int, ...], patch: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
     generator = rng(2)
-    shape = (60, 70, 50)
     for _ in range(500):
-        pair = draw_pair(shape, (16, 24, 20), ZOOMS, 0.3, generator)
-        inner = draw_around(pair, shape, (8, 8, 8), (0.5, 1.0), generator)
+        pair = draw_pair(shape, patch, ZOOMS, 0.3, generator)
+        inner = draw_around(pair, shape, local_size(patch, stride), (0.5, 1.0, 1.5, 2.0), generator)
         for axis in range(3):
+            assert inner.size[axis] <= min(window.size[axis] for window in pair) / 2
             low = min(w.start[axis] for w in pair) - 3
             high = max(w.start[axis] + w.size[axis] for w in pair) + 3
             assert max(0, low) <= inner.start[axis]
@@ -189,6 +195,22 @@ def test_shuffling_keeps_every_voxel_near_its_place() -> None:
     assert (result != crop).mean() > 0.05
     two = shuffled(np.concatenate([crop, 2 * crop]), rng())
     assert np.array_equal(2 * two[0], two[1])  # channels move together
+
+
+@pytest.mark.parametrize("shape", [(32, 64, 64), (96, 96, 96)])
+def test_shuffling_covers_crops_of_any_size_alike(shape: tuple[int, ...]) -> None:
+    crop = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape)
+    assert 0.6 < np.mean([(shuffled(crop, rng(seed)) != crop).mean() for seed in range(3)]) < 0.92
+
+
+def test_gamma_keeps_every_channel_in_its_own_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_LARGEST_BLUR", "_LARGEST_NOISE"):
+        monkeypatch.setattr(pcrl_corruption, name, 1e-9)
+    crop = rng().uniform(size=(1, 8, 12, 10)).astype(np.float32)
+    both = disturb(np.concatenate([crop, 100 * crop - 7, 0 * crop + 3]), (1, 1, 1), rng(1), swap=False)
+    assert np.abs(both[0] - crop[0]).max() > 0.01
+    assert np.allclose(both[1], 100 * both[0] - 7, atol=1e-3)
+    assert np.allclose(both[2], 3)
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 32), (8, 24, 16), (5, 9, 7), (24, 20)])

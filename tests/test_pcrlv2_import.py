@@ -53,10 +53,18 @@ def test_features_are_those_of_the_authors_network(tmp_path: Path) -> None:
     network = build_network(weights.architecture, 1, 3, deep_supervision=False)
     report = transfer(weights.tensors, encoder_of(network))
     assert (report.encoder_share, report.new, report.unused) == (1.0, (), ())
-    maps = encoder_of(network.double().eval())(IMAGE)
+    # The authors' arrays are (x, y, z).
+    maps = [m.transpose(2, 4) for m in encoder_of(network.double().eval())(IMAGE.transpose(2, 4))]
     means = [float(maps[level].mean()) for level in (3, 0, 1, 2)]
     assert means == pytest.approx([0.34946841, 0.44859338, 3.10233480, 0.62179009], abs=1e-6)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(maps, source.maps(IMAGE), strict=True))
+
+
+@torch.no_grad()
+def test_the_first_versions_embedding_is_the_known_one() -> None:
+    embedding = filled_by_rule(PCRLNetwork(1)).embedding(IMAGE)[0]
+    assert embedding[:3].tolist() == pytest.approx([2.98927965, -2.13490815, -2.72975707], abs=1e-6)
+    assert float(embedding.norm()) == pytest.approx(25.8084541, abs=1e-6)
 
 
 @torch.no_grad()
@@ -81,6 +89,29 @@ def test_the_second_version_gives_its_encoder(tmp_path: Path) -> None:
     reasons = dict(weights.dropped)
     assert reasons["up_tr256.ops.0.conv1.weight"] == "decoder"
     assert reasons["up_tr256.predictor_head.0.weight"] == "head of the pretraining"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_without_the_heads_of_pcrl_is_not_said_to_be_its(version: int, tmp_path: Path) -> None:
+    """Models Genesis has the layout too."""
+    heads = ("fc1.", "fc2.", "aug_fc")
+    state = {
+        n: t
+        for n, t in small(PCRLNetwork(version).state_dict()).items()
+        if not n.startswith(heads) and "_head." not in n
+    }
+    weights = read_weights(saved(tmp_path, state))
+    assert (weights.kind, weights.method) == ("3D U-Net encoder with the layout of Models Genesis and PCRL", "unknown")
+    known = (
+        weights.licence,
+        weights.citation,
+        weights.trained_on,
+        weights.modality,
+        weights.intensity,
+        weights.spacing,
+    )
+    assert known == (None,) * 6
+    assert len(weights.tensors) == len([n for n in state if n.startswith("down_tr")])
 
 
 @torch.no_grad()

@@ -41,9 +41,12 @@ _OVERLAP = {"paper": 0.25, "official": 0.25, "v2": 0.3}
 _WANTED_SHOWN = 0.15
 _LOCAL_ZOOMS = (0.5, 1.0, 1.5, 2.0)
 _SOON = 50  # steps, before which nothing can be said
-_COLLAPSED = 0.95
+# Cosine of different scans. v2's is of features whose mean is not taken off: behind instance norms it is 0.9997 to 0.99995 for
+# an untrained network. Above a millionth from 1 they differ by a tenth of what the predictors' norms take for rounding.
+_COLLAPSED = {"paper": 0.95, "official": 0.95, "v2": 0.999999}
 _HARDLY_ANY = 0.05
 _SHOWN = 2
+_LONGEST_QUEUE = 16_384
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class PCRLConfig:
     patch: tuple[int, ...] | None = None
     """Voxels of a view, multiples of the network's halvings; none: the plan's. Smaller ones need less memory and
     time."""
-    zooms: tuple[Annotated[float, Field(gt=0)], ...] = (0.75, 1.0, 1.25, 1.5)
+    zooms: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.75, 1.0, 1.25, 1.5)
     """Windows are the patch times one of these, resized to the patch."""
     identity: Annotated[float, Field(ge=0, le=1)] = 0.25
     """paper, official: extra probability that a target is neither mirrored nor turned."""
@@ -89,7 +92,7 @@ class PCRLConfig:
     """paper, official: of the deepest map, before the embedding. The authors: avg."""
     running_norm: bool = True
     """paper, official: centre the pooled features. Without it contrast hardly learns behind instance norms."""
-    local_views: Annotated[int, Field(ge=0)] = 6
+    local_views: Annotated[int, Field(ge=1)] = 6
     """v2: small views of a scan."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Highest rate of AdamW."""
@@ -145,7 +148,13 @@ class PCRL(PretrainMethod):
         patch = _checked_patch(config.patch or target.patch_size, stride)
         batch = min(config.batch or int(target.settings["batch_size"]), len(pool))
         if config.keep == "average" and config.mode == "v2":
-            raise PlanError("PCRLv2 has no average encoder", remedy="leave pcrl.keep out, or take another pcrl.mode")
+            raise PlanError(
+                "PCRLv2 has no average encoder",
+                where="pcrl.keep",
+                found="average",
+                expected="encoder+decoder or encoder",
+                remedy="leave pcrl.keep out, or take another pcrl.mode",
+            )
         contexts = contexts_of(patch, target.spacing, config.identity)
         queue = config.queue or queue_size(batch, config.momentum)
         cls._announce(config, patch, batch, queue, contexts, len(pool))
@@ -176,11 +185,17 @@ class PCRL(PretrainMethod):
             if batch == 1:
                 logger.warning("With one scan a step, PCRLv2 compares a scan with nothing else")
             return
-        logger.info("PCRL tells a view from the last %d keys", queue)
+        why = ""
+        if config.queue is None and queue < _LONGEST_QUEUE:
+            why = (
+                f", not {_LONGEST_QUEUE}: with {batch} scans a step older ones are of an encoder that has changed since"
+            )
+        logger.info("PCRL tells a view from the last %d keys%s", queue, why)
         if len(contexts.turns) == 2:
             logger.info("Targets are turned by 180° only: sizes or spacings in the plane differ")
-        if not config.momentum_reconstruction:
-            logger.info("The momentum encoding is not restored")
+        if config.mode == "official" or not config.momentum_reconstruction:
+            why = "as in the authors' code, to save memory" if config.mode == "official" else "as set"
+            logger.info("The momentum encoding is not restored (%s)", why)
         if scans == 1 and config.mask_same_case:
             logger.warning("With one scan there is nothing to tell it from: PCRL only restores")
 
@@ -248,7 +263,7 @@ class PCRL(PretrainMethod):
         from pretrain.methods.pcrl_three import ThreeContexts
 
         self.config, self.spec = config, spec
-        task = {"paper": ThreeContexts, "official": TwoPasses, "v2": Pyramid}[config.mode]
+        task = {"paper": ThreeContexts, "official": TwoPasses, "v2": Pyramid}[spec.mode]
         self.task: Any = task(network, spec, config)
 
     def stages(self) -> Sequence[Stage]:
@@ -278,9 +293,9 @@ class PCRL(PretrainMethod):
         self.task.update(batch, terms, self.gather)
 
     def chance(self) -> Mapping[str, float]:
-        if self.config.mode == "paper":
+        if self.spec.mode == "paper":
             return {"told_apart": 0.5, "explained_ordinary": 0.0}
-        return {"explained_ordinary" if self.config.mode == "official" else "explained_restore": 0.0}
+        return {"explained_ordinary" if self.spec.mode == "official" else "explained_restore": 0.0}
 
     def diagnose(self, recent: Mapping[str, float], step: Step) -> str | None:
         if step.index >= min(_SOON, step.total - 1) and recent.get("shown", 1.0) < _HARDLY_ANY:
@@ -290,9 +305,9 @@ class PCRL(PretrainMethod):
             )
         if step.progress < 0.1 or step.index < _SOON:
             return None
-        if recent.get("similarity", 0.0) > _COLLAPSED:
+        if recent.get("similarity", 0.0) > _COLLAPSED[self.spec.mode]:
             return (
-                f"The embeddings of different scans are nearly the same (cosine {recent['similarity']:.2f}): contrast "
+                f"The embeddings of different scans are nearly the same (cosine {recent['similarity']:.7g}): contrast "
                 "learns nothing. A lower learning rate may help"
                 + ("" if self.config.running_norm else ", and pcrl.running_norm=true does")
             )
@@ -314,9 +329,10 @@ class PCRL(PretrainMethod):
 
 
 def queue_size(batch: int, momentum: float) -> int:
-    """The largest power of two in [256, 16384] that the keys of one time constant of the average encoder fill."""
+    """The largest power of two from 256 to the authors' 16,384 that the keys of one time constant of the average encoder
+    fill."""
     keys = batch / (1 - momentum)
-    return int(2 ** min(14, max(8, math.floor(math.log2(keys + 1e-6)))))
+    return min(_LONGEST_QUEUE, max(256, 2 ** math.floor(math.log2(keys + 1e-6))))
 
 
 def local_size(patch: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
@@ -330,6 +346,7 @@ def _checked_patch(patch: Sequence[int], stride: Sequence[int]) -> tuple[int, ..
         good = [s * 2 for s in stride]
         raise PlanError(
             "Not a patch that PCRL can use with this network",
+            where="pcrl.patch, or the plan's patch_size",
             found=",".join(map(str, patch)),
             expected=f"{len(stride)} multiples of {','.join(map(str, stride))}, at least two voxels in the deepest map",
             remedy=f"--set pcrl.patch={','.join(map(str, good))} or larger",

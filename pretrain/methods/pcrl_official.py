@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.method import Batch, Step, Terms
-from pretrain.methods.pcrl_parts import Graph, mean_over, mean_similarity, noise_contrast, squared_errors
+from pretrain.methods.pcrl_parts import Graph, cosines, mean_over, mean_similarity, noise_contrast, squared_errors
 from pretrain.methods.pcrl_picture import Panel
 from pretrain.methods.pcrl_three import Contrast, mixed
 
@@ -45,7 +45,7 @@ class TwoPasses(Contrast):
             keys, pooled_average = self.embedding_average(averaged[-1])
         maps = graph.cut(self.body.encoder(inputs[:, 0]))
         query, pooled = self.embedding(maps[-1])
-        contrasts = [self._contrast(batch, query, keys)]
+        contrasts = [self._contrast(batch, query, keys, valid)]
         terms: Terms = {**mean_similarity(query, valid), "pooled": pooled, "scale": self._scale(batch, query).detach()}
         graph.add(contrasts[0] / 3)
         targets = apply(clean[:, 0], codes[:, 0]), apply(clean[:, 1], codes[:, 1])
@@ -63,6 +63,7 @@ class TwoPasses(Contrast):
         errors = self._restore(passes, wanted, batch, valid, graph, terms)
         graph.close()
 
+        both_valid = valid * valid[partner]
         blended = mixed(inputs, inputs[partner], blend)
         with torch.no_grad():
             second_averaged = self.averaged(blended[:, 1])
@@ -70,8 +71,8 @@ class TwoPasses(Contrast):
         second_maps = graph.cut(self.body.encoder(blended[:, 0]))
         query, _ = self.embedding(second_maps[-1])
         contrasts += [
-            self._contrast(batch, query, second_keys),
-            self._contrast(batch, query, mixed(keys, keys[partner], blend)),
+            self._contrast(batch, query, second_keys, both_valid),
+            self._contrast(batch, query, mixed(keys, keys[partner], blend), both_valid),
         ]
         graph.add((contrasts[1] + contrasts[2]) / 3)
         blended_clean = mixed(clean, clean[partner], blend)
@@ -84,7 +85,7 @@ class TwoPasses(Contrast):
                 lambda: [mixed(a, b, second_share) for a, b in zip(second_maps, second_averaged, strict=True)],
             ),
         ]
-        errors |= self._restore(passes, wanted, batch, valid, graph, terms)
+        errors |= self._restore(passes, wanted, batch, both_valid, graph, terms)
         graph.close()
         return {
             "loss": graph.total,  # type: ignore[dict-item]
@@ -116,27 +117,29 @@ class TwoPasses(Contrast):
             del each, error
         return errors
 
-    def _contrast(self, batch: Batch, query: Tensor, key: Tensor) -> Tensor:
+    def _contrast(self, batch: Batch, query: Tensor, key: Tensor, valid: Tensor) -> Tensor:
         counted = self.queue.counted(batch["case"], mask_same_case=self.config.mask_same_case)
         scale = self.normaliser if self.normaliser > 0 else self._scale(batch, query).detach()[0]
+        scale = scale.where(scale > 0, 1)
         own = self._score((query * key).sum(1)) / scale
-        others = self._score(query @ self.queue.keys.T.to(query)) / scale
-        return mean_over(noise_contrast(own, others, counted, self.spec.images), batch["valid"])
+        others = self._score(cosines(query, self.queue.keys)) / scale
+        return mean_over(noise_contrast(own, others, counted, self.spec.images), valid)
 
     def _score(self, cosine: Tensor) -> Tensor:
         return (cosine / self.config.temperature).exp()
 
     def _scale(self, batch: Batch, query: Tensor) -> Tensor:
-        """(1,): what makes the mean score of a negative 1 / images; 1 without negatives."""
+        """(1,): what makes the mean score of a negative 1 / images; 0 where no valid sample has negatives."""
         counted = self.queue.counted(batch["case"], mask_same_case=self.config.mask_same_case)
-        scores = self._score(query @ self.queue.keys.T.to(query))
-        mean = (scores * counted).sum() / counted.sum().clamp(min=1)
-        return (mean * self.spec.images if counted.any() else torch.ones_like(mean))[None]
+        counted = counted & batch["valid"].bool()[:, None]
+        scores = self._score(cosines(query, self.queue.keys))
+        return ((scores * counted).sum() / counted.sum().clamp(min=1) * self.spec.images)[None]
 
     def update(self, batch: Batch, terms: Terms, gather: Callable[[Tensor], Tensor]) -> None:
-        # Once, from the first step that has negatives, as the authors do; from their mean over the processes.
-        if self.normaliser == 0 and self.queue.filled > 0:
-            self.normaliser.copy_(gather(terms["scale"]).mean())
+        # Once, from the first step that has negatives, as the authors do; from their mean over the processes that have.
+        if self.normaliser == 0:
+            scales = gather(terms["scale"])
+            self.normaliser.copy_(scales.sum() / (scales > 0).sum().clamp(min=1))
         super().update(batch, terms, gather)
 
     @torch.no_grad()

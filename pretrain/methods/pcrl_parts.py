@@ -29,7 +29,9 @@ class Body(nn.Module):
         if not hasattr(decoder, "transpconvs"):
             raise PlanError(
                 "PCRL needs the decoder of a U-Net",
+                where="the network of the plan's configuration",
                 found=type(network).__name__,
+                expected="a network whose decoder has transpconvs and stages, as nnU-Net's",
                 remedy="choose another configuration with -c",
             )
         self.decoder = nn.Module()
@@ -87,8 +89,10 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Move the statistics towards those of a batch: the mean of all batches at first, then of about the last
-        twenty."""
+        """Move the statistics towards those of a batch, which may be empty: the mean of all batches at first, then of
+        about the last twenty."""
+        if not len(x):
+            return
         self.count += 1
         weight = max(_LEAST_WEIGHT, 1 / int(self.count))
         self.mean.lerp_(x.mean(0).to(self.mean), weight)
@@ -182,11 +186,18 @@ class Graph:
         self._cuts.clear()
 
 
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """(N, width) and (M, width) of unit length → (N, M), in full precision within autocast too: divided by a temperature,
+    what bfloat16 loses of a cosine is as large as what tells scans apart."""
+    with torch.autocast(a.device.type, enabled=False):
+        return full(a) @ b.to(full(a)).T
+
+
 def info_nce(query: Tensor, key: Tensor, negatives: Tensor, counted: Tensor, temperature: float) -> Tensor:
     """How far each query (B, width) is from choosing its key (B, width) among `negatives` (K, width), of which those
     `counted` (B, K) are candidates: (B,)."""
     own = (query * key).sum(1, keepdim=True)
-    others = (query @ negatives.T.to(query)).masked_fill(~counted, -math.inf)
+    others = cosines(query, negatives).masked_fill(~counted, -math.inf)
     logits = torch.cat([own, others], 1) / temperature
     return logits.logsumexp(1) - logits[:, 0]
 
@@ -237,5 +248,5 @@ def mean_similarity(embeddings: Tensor, counted: Tensor) -> dict[str, Tensor]:
     count = len(embeddings)
     if count < 2:
         return {}
-    cosines = embeddings @ embeddings.T
-    return {"similarity": (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))}
+    each = cosines(embeddings, embeddings)
+    return {"similarity": (each.sum() - each.diagonal().sum()) / (count * (count - 1))}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
+from pretrain.crops import LINEAR
 from pretrain.method import Batch, MomentumPair, Step, Terms
 from pretrain.methods.pcrl_parts import (
     Body,
@@ -30,8 +31,6 @@ from pretrain.methods.pcrl_picture import Panel
 
 if TYPE_CHECKING:
     from pretrain.methods.pcrl import PCRLConfig, PCRLSpec
-
-_MODES = {2: "bilinear", 3: "trilinear"}
 
 
 class Predictor(nn.Module):
@@ -85,22 +84,25 @@ class Pyramid(nn.Module):
         errors = squared_errors(self.head(large[-1][:cases]), target)
         error = mean_over(errors, valid)
         middle = mean_over(squared_errors(self.middle(large, scales[0], cases), target), valid)
-        heads = []
+        # What shows nothing stays out of the norms' statistics; where all is so, it has no weight.
+        seen = valid.bool() if valid.any() else torch.ones_like(valid, dtype=torch.bool)
+        pooled, heads = [], []
         with torch.autocast(views.device.type, enabled=False):
             for predictor, a, b in zip(self.predictors, large, local, strict=True):
-                pooled = torch.cat([full(maps).flatten(2).mean(2) for maps in (a, b)])
-                z, p = predictor(pooled)
                 # Views are the first axis: the two large ones, then the small ones.
-                heads.append((z.unflatten(0, (2 + count, cases)), p.unflatten(0, (2 + count, cases))))
+                rows = torch.cat([full(maps).flatten(2).mean(2) for maps in (a, b)]).unflatten(0, (2 + count, cases))
+                pooled.append(rows[0])
+                z, p = predictor(rows[:, seen].flatten(0, 1))
+                heads.append((z.unflatten(0, (2 + count, -1)), p.unflatten(0, (2 + count, -1))))
 
             def compare(a: int, b: int, scale: int) -> Tensor:
                 z, p = heads[scale]
-                return mean_over(comparison(p[a], p[b], z[a], z[b]), valid)
+                return mean_over(comparison(p[a], p[b], z[a], z[b]), valid[seen])
 
             compared = compare(0, 1, scales[0])
             pairs = [(view, 2 + number) for number in range(count) for view in (0, 1)]
             around = [compare(*pair, scale) for pair, scale in zip(pairs, scales[1:], strict=True)]
-            compared_local = torch.stack(around).mean() if around else compared * 0
+            compared_local = torch.stack(around).mean()
         loss = error + fading(step) * middle + compared + compared_local
         graph.add(loss)
         return {
@@ -111,7 +113,8 @@ class Pyramid(nn.Module):
             "compare_local": compared_local.detach(),
             "shown": valid.mean(),
             **explained("restore", errors, target, valid),
-            **mean_similarity(normalize(heads[scales[0]][0][0], dim=1), valid),
+            # Before the norm: behind it even features that are all alike are spread out.
+            **mean_similarity(normalize(pooled[scales[0]], dim=1), valid),
         }
 
     def decoded(self, images: Tensor) -> list[Tensor]:
@@ -121,7 +124,7 @@ class Pyramid(nn.Module):
     def middle(self, stages: Sequence[Tensor], scale: int, cases: int) -> Tensor:
         """The image restored from one scale for the first `cases` rows, at full size."""
         image = self.middle_heads[scale](stages[scale][:cases])
-        return interpolate(full(image), size=self.spec.patch, mode=_MODES[len(self.spec.patch)], align_corners=False)
+        return interpolate(full(image), size=self.spec.patch, mode=LINEAR[len(self.spec.patch)], align_corners=False)
 
     def update(self, batch: Batch, terms: Terms, gather: Callable[[Tensor], Tensor]) -> None:
         """Nothing is kept from step to step."""
@@ -135,7 +138,7 @@ class Pyramid(nn.Module):
         rows[0].append(Panel("restored, no skips", self.head(stages[-1])[0]))
         coarse = [0, len(stages) // 2]
         middles = [Panel(f"from scale {i + 1} of {len(stages)}", self.middle(stages, i, 1)[0]) for i in coarse]
-        rows.append([*middles, Panel("a small view", batch["local"][case, 0])] if batch["local"].shape[1] else middles)
+        rows.append([*middles, Panel("a small view", batch["local"][case, 0])])
         return rows
 
 

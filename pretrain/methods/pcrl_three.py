@@ -22,6 +22,7 @@ from pretrain.methods.pcrl_parts import (
     Graph,
     KeyQueue,
     TransAtt,
+    cosines,
     explained,
     info_nce,
     mean_over,
@@ -106,11 +107,12 @@ class Contrast(nn.Module):
         return batch["case"].where(batch["valid"].bool(), -1)
 
     def update(self, batch: Batch, terms: Terms, gather: Callable[[Tensor], Tensor]) -> None:
-        """After a step: the keys enter the queue, the norms learn this batch; equal on all processes."""
-        self.queue.push(gather(terms["keys"]), gather(self.usable(batch)))
+        """After a step: the keys enter the queue, the norms learn what is valid of this batch; equal on all processes."""
+        cases = gather(self.usable(batch))
+        self.queue.push(gather(terms["keys"]), cases)
         for embedding, name in ((self.embedding, "pooled"), (self.embedding_average, "pooled_average")):
             if embedding.norm is not None:
-                embedding.norm.update(gather(terms[name]))
+                embedding.norm.update(gather(terms[name])[cases >= 0])
 
 
 class ThreeContexts(Contrast):
@@ -163,7 +165,7 @@ class ThreeContexts(Contrast):
                 hybrid, _ = self.embedding(mixed(deepest, averaged, batch["mix"][0]))
             contrast = 0.5 * (contrast + one(hybrid))
         with torch.no_grad():
-            worse = (query @ self.queue.keys.T.to(query) < (query * keys).sum(1, keepdim=True)) & counted
+            worse = (cosines(query, self.queue.keys) < (query * keys).sum(1, keepdim=True)) & counted
             share = torch.where(counted.any(1), worse.sum(1) / counted.sum(1).clamp(min=1), 0.5)
             terms = metric("told_apart", share, batch["valid"]) | mean_similarity(query, batch["valid"])
         return contrast, {**terms, "pooled": pooled}

@@ -76,15 +76,16 @@ def draw_around(
     zooms: Sequence[float],
     rng: np.random.Generator,
 ) -> Window:
-    """A smaller window inside the box around both of `pair`, or up to 3 voxels outside, but inside the scan."""
-    inner = draw_window(shape, patch, zooms, rng)
+    """A window of at most half the smaller of `pair` on each axis, inside the box around both, or up to 3 voxels outside,
+    but inside the scan."""
+    drawn = draw_window(shape, patch, zooms, rng).size
+    size = [min(w, max(1, min(a, b) // 2)) for w, a, b in zip(drawn, *(window.size for window in pair), strict=True)]
     start = []
-    for axis, (n, w) in enumerate(zip(shape, inner.size, strict=True)):
-        low = min(window.start[axis] for window in pair) - _AROUND
-        high = max(window.start[axis] + window.size[axis] for window in pair) + _AROUND - w
-        low = min(max(0, low), max(0, n - w))
-        start.append(_first(n, w) if n <= w else int(rng.integers(low, max(low, min(high, n - w)) + 1)))
-    return Window(tuple(start), inner.size)
+    for axis, (n, w) in enumerate(zip(shape, size, strict=True)):
+        low = max(0, min(window.start[axis] for window in pair) - _AROUND)
+        high = min(n, max(window.start[axis] + window.size[axis] for window in pair) + _AROUND)
+        start.append(_first(n, w) if n <= w else int(rng.integers(low, high - w + 1)))
+    return Window(tuple(start), tuple(size))
 
 
 def cut(
