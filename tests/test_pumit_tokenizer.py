@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from planners.errors import PlanError
 from pretrain.methods.pumit.tokenizer import Tokenizer, soft
@@ -56,6 +56,7 @@ def test_the_released_sizes_have_the_released_tensors() -> None:
         model = Tokenizer(3)
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == official_shapes()
     assert sum(parameter.numel() for parameter in model.parameters()) == 34_253_955
+    assert {norm.num_groups for norm in model.modules() if isinstance(norm, nn.GroupNorm)} == {8}
 
 
 @pytest.mark.parametrize("da0", EVERY_DEGREE)
@@ -104,7 +105,7 @@ def test_thick_slices_of_the_decoder_are_the_mean_of_thin_ones_or_their_sum() ->
     x = torch.randn(1, 8, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     for mode, reduce in (("mean", Tensor.mean), ("sum", Tensor.sum)):
         last = tokenizer(transposed_pool=mode).decoder[8]
-        torch.nn.init.zeros_(last.bias)
+        nn.init.zeros_(last.bias)
         thin, thick = last(x, Spacing(0, 2))[0], last(x, Spacing(2, 2))[0]
         assert torch.allclose(thick, reduce(thin, 2, keepdim=True), atol=1e-6)
     assert tokenizer().decoder[8].transposed_pool == "mean"
