@@ -8,9 +8,9 @@ Measured, one seed, about 44 CPU seconds a run (November 2026): variance explain
 - prior weighted .03 and 1        0.06  0.06  0.06     3    1.0
 - slices summed                   0.03  0.47  0.83    64    3.3
 
-The rate is constant and the volumes are a sixth bright, both chosen after trials that failed. With a cosine to zero tokens stay
-undecided (exp E H 30 to 43 on similar volumes), because sharpness is asked for when the rate is low already. On volumes 7 % bright,
-with the cosine, the output stays constant (variance explained -0.05).
+The constant rate and the size of the ellipsoids (18 % of the voxels) were chosen after trials that failed. With a cosine to
+zero tokens stay undecided (exp E H 30 and 43 on two similar sets), probably because the rate is low by the time sharpness is
+asked for. With the cosine and radii of 3 to 9 the output stays constant (variance explained -0.05).
 """
 
 from __future__ import annotations
