@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from planners.errors import PretrainedMismatch
+from pretrain.kernel_depth import inflate_depth, pool_depth
 
 
 @dataclass(frozen=True)
@@ -193,9 +195,10 @@ def _fit(
     """`source` made to have `shape`, and the rule used ("" if none); None and the reason if no rule applies."""
     different = f"pretrained shape {tuple(source.shape)} against {tuple(shape)}"
     rules = []
+    pooling: Literal["sum", "mean"] = "mean" if upsampling else "sum"
     if (source.ndim, len(shape)) == (5, 4):
-        source = source.mean(2) if upsampling else source.sum(2)
-        rules.append(f"3d to 2d by the {'mean' if upsampling else 'sum'} over depth")
+        source = pool_depth(source, 1, pooling).squeeze(2)
+        rules.append(f"3d to 2d by the {pooling} over depth")
     elif (source.ndim, len(shape)) == (4, 5):
         source = source.unsqueeze(2)
         rules.append("2d to 3d as depth 1")
@@ -203,15 +206,16 @@ def _fit(
         return None, different
     if len(shape) == 5 and source.shape[2] != shape[2]:
         old, new = source.shape[2], shape[2]
-        if upsampling and 1 in (old, new):
-            source = source.mean(2, keepdim=True).expand(-1, -1, new, -1, -1)
-            rules.append(f"up-sampling depth {old} to {new} by {'the mean' if new == 1 else 'repeating'}")
-        elif (old, new) == (3, 1):
-            source = source.sum(2, keepdim=True)
-            rules.append("kernel depth 3 to 1 by summing")
-        elif (old, new) == (1, 3):
-            source = nn.functional.pad(source, (0, 0, 0, 0, 1, 1))
-            rules.append("kernel depth 1 to 3 around the centre")
+        if new == 1 and (upsampling or old == 3):
+            source = pool_depth(source, 1, pooling)
+            rules.append(
+                f"up-sampling depth {old} to 1 by the mean" if upsampling else "kernel depth 3 to 1 by summing"
+            )
+        elif old == 1 and (upsampling or new == 3):
+            source = inflate_depth(source, new, "repeat" if upsampling else "centre")
+            rules.append(
+                f"up-sampling depth 1 to {new} by repeating" if upsampling else "kernel depth 1 to 3 around the centre"
+            )
     if channels is not None and len(shape) >= 4 and (source.shape[1], shape[1]) == channels:
         rules.append(f"input channels {channels[0]} to {channels[1]} by the sum, spread evenly")
         source = (source.sum(1, keepdim=True) / shape[1]).expand(-1, shape[1], *source.shape[2:])
