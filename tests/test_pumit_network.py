@@ -11,6 +11,7 @@ from planners.anisotropy import strides_of_degree
 from planners.errors import PlanError
 from pretrain.encoders import encoder_of
 from pretrain.networks.registry import build_network, has_deep_supervision
+from pretrain.transfer import transfer
 
 DEGREES = range(6)
 
@@ -104,6 +105,40 @@ def test_layers_are_all_parameters_of_the_encoder_once():
     assert len(flat) == len(set(flat))
     assert set(flat) == {id(parameter) for parameter in encoder.parameters()}
     assert any(parameter is encoder.vit.pos_embed for parameter in layers[0])
+
+
+def test_an_encoder_fills_a_network_for_other_slices_wholly():
+    source, target = network(0).encoder, network(3, deep_supervision=True)
+    report = transfer(source.state_dict(), target.encoder)
+    assert (report.encoder_share, report.adapted, report.new) == (1.0, (), ())
+    image = torch.randn(1, 2, 4, 32, 32)
+    thin = image.repeat_interleave(8, 2)
+    with torch.no_grad():
+        maps = zip(target.encoder(image), source(thin), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in maps)
+
+
+def test_positions_and_channels_of_other_weights_are_adapted():
+    """The table of positions comes first and looks like a kernel of as many channels as a token has features."""
+    source, target = network(0, channels=3).encoder, network(0, channels=1).encoder
+    tensors = source.state_dict()
+    tensors["vit.pos_embed"] = torch.arange(3.0).view(1, 1, 3, 1, 1).expand(1, 24, 3, 4, 4)
+    report = transfer(tensors, target)
+    assert report.encoder_share == 1
+    assert dict(report.adapted) == {
+        "vit.pos_embed": "positions (3, 4, 4) to (5, 10, 10) by linear interpolation",
+        "vit.patch_embed.proj.weight": "input channels 3 to 1 by the sum, spread evenly",
+    }
+    along_depth = target.vit.pos_embed[0, 0, :, 7, 2].tolist()
+    assert along_depth == pytest.approx([0, 0.5, 1, 1.5, 2])
+    weight, kept = target.vit.patch_embed["proj"].weight, tensors["vit.patch_embed.proj.weight"]
+    assert torch.allclose(weight, kept.sum(1, keepdim=True))
+
+
+def test_positions_of_tokens_with_other_features_are_not_used():
+    tensors = {"vit.pos_embed": torch.zeros(1, 23, 5, 10, 10)}
+    report = transfer(tensors, network(0).encoder, minimum_share=0)
+    assert ("vit.pos_embed", "positions (1, 23, 5, 10, 10) against (1, 24, 5, 10, 10)") in report.new
 
 
 def test_sizes_that_are_no_multiples_are_refused():
