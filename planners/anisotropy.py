@@ -33,6 +33,15 @@ def degree_per_stage(degree: int, stages: int) -> list[int]:
     return [max(degree - stage, 0) for stage in range(stages)]
 
 
+def strides_of_degree(degree: int, stages: int) -> list[list[int]]:
+    """Strides (z, y, x) of a network that halves the plane at each of its stages after the first, and the slices where DA is 0.
+
+    >>> strides_of_degree(1, 3)
+    [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    """
+    return [[1, 1, 1], *([1 if before else 2, 2, 2] for before in degree_per_stage(degree, stages - 1))]
+
+
 def leading_in_plane_stages(strides: Sequence[Sequence[int]]) -> int:
     """How many strides after the stem leave the slice axis alone before the first that does not.
 

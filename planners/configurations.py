@@ -20,6 +20,8 @@ from planners.files import write_json
 from planners.foreign import PCRL_UNET, PRIMUS, UNETS, choose_pcrl_unet, choose_primus, choose_unet
 from planners.locks import waiting_lock
 from planners.plans import load_plan, plan_path, preprocessing_hash, resolved
+from planners.sac import NETWORK as PUMIT
+from planners.sac import SIZES, arguments_of_size, choose_sac
 from planners.swin import NETWORK as SWIN
 from planners.swin import choose_swin, default_features
 
@@ -31,16 +33,20 @@ class _Rule:
     """How a configuration follows from its name."""
 
     parent: str
-    size: Callable[[int], bool]
-    """Whether a number may follow the name."""
-    choose: Callable[[dict, dict, int | None], Choice]
-    """Plan, resolved parent, and the number if there was one."""
+    sizes: str
+    """What may follow the name, in words."""
+    is_size: Callable[[str], bool]
+    choose: Callable[[dict, dict, str | None], Choice]
+    """Plan, resolved parent, and what followed the name, if anything did."""
 
 
 def _swin_rule(use_v2: bool) -> _Rule:
-    def choose(plan: dict, parent: dict, size: int | None) -> Choice:
+    def is_size(text: str) -> bool:
+        return re.fullmatch("[1-9][0-9]{0,3}", text) is not None and int(text) % 12 == 0
+
+    def choose(plan: dict, parent: dict, size: str | None) -> Choice:
         arguments = {
-            "feature_size": size or default_features(plan),
+            "feature_size": int(size) if size else default_features(plan),
             "depths": [2, 2, 2, 2],
             "num_heads": [3, 6, 12, 24],
             "window_size": 7,
@@ -48,10 +54,18 @@ def _swin_rule(use_v2: bool) -> _Rule:
         }
         return choose_swin(plan, parent, arguments)
 
-    return _Rule("3d_fullres", lambda size: size > 0 and size % 12 == 0, choose)
+    return _Rule("3d_fullres", "features, 12, 24, …", is_size, choose)
 
 
-_RULES = {"3d_fullres_swin": _swin_rule(use_v2=True), "3d_fullres_swin1": _swin_rule(use_v2=False)}
+def _choose_sac(plan: dict, parent: dict, size: str | None) -> Choice:
+    return choose_sac(plan, parent, arguments_of_size(plan, size))
+
+
+_RULES = {
+    "3d_fullres_swin": _swin_rule(use_v2=True),
+    "3d_fullres_swin1": _swin_rule(use_v2=False),
+    "3d_fullres_sac": _Rule("3d_fullres", ", ".join(SIZES), SIZES.__contains__, _choose_sac),
+}
 
 
 def derivable(name: str) -> bool:
@@ -83,8 +97,8 @@ def with_configuration(plan: Mapping, name: str, content: Mapping | None = None)
 def configuration_like(plan: Mapping, architecture: Mapping, *, patch_size: Sequence[int] | None = None) -> dict:
     """The content of a configuration with the network of `architecture` (a plan's entry) on the plan's data.
 
-    SwinUNETR gets the patch of `3d_fullres_swin`, Primus multiples of its tokens, PCRL's U-Net
-    multiples of 8, another U-Net the plan's strides and kernels.
+    SwinUNETR and PUMIT get the patch of `3d_fullres_swin` and `3d_fullres_sac`, Primus multiples of its tokens, PCRL's
+    U-Net multiples of 8, another U-Net the plan's strides and kernels.
     `architecture` must have been looked up in the table of networks. Raises PlanError for a network without a rule.
 
     Args:
@@ -96,12 +110,15 @@ def configuration_like(plan: Mapping, architecture: Mapping, *, patch_size: Sequ
     parent = next(
         (c for c in (("2d", "3d_fullres") if flat else ("3d_fullres", "2d")) if c in plan["configurations"]), ""
     )
-    if name in (SWIN, PRIMUS, PCRL_UNET):
+    if name in (SWIN, PUMIT, PRIMUS, PCRL_UNET):
         parent = "3d_fullres"
     data = resolved(dict(plan), parent)
     if name == SWIN:
         arguments = {k: v for k, v in architecture["arch_kwargs"].items() if k != "use_checkpoint"}
         choice = choose_swin(plan, data, arguments, patch_size=patch_size)
+    elif name == PUMIT:
+        arguments = {k: v for k, v in architecture["arch_kwargs"].items() if k != "strides"}
+        choice = choose_sac(plan, data, arguments, patch_size=patch_size)
     elif name == PRIMUS:
         choice = choose_primus(plan, data, architecture, patch_size=patch_size)
     elif name == PCRL_UNET:
@@ -110,7 +127,9 @@ def configuration_like(plan: Mapping, architecture: Mapping, *, patch_size: Sequ
         choice = choose_unet(plan, data, architecture, patch_size=patch_size)
     else:
         raise PlanError(
-            "No rule for this network", found=name, expected=", ".join(("SwinUNETR", "Primus", "PCRLUNet", *UNETS))
+            "No rule for this network",
+            found=name,
+            expected=", ".join(("SwinUNETR", "PUMIT", "Primus", "PCRLUNet", *UNETS)),
         )
     return _content(choice, parent, data)
 
@@ -162,15 +181,13 @@ def _same_data(old: Mapping, new: Mapping, parent: str) -> bool:
     return before == after and preprocessing_hash(dict(old), parent) == preprocessing_hash(dict(new), parent)
 
 
-def _parsed(name: str) -> tuple[_Rule, int | None] | None:
-    """The rule of a name and the number after it."""
+def _parsed(name: str) -> tuple[_Rule, str | None] | None:
+    """The rule of a name and the size after it."""
     if name in _RULES:
         return _RULES[name], None
-    match = re.fullmatch(r"(.+)_([1-9][0-9]{0,3})", name)
-    rule = _RULES.get(match.group(1)) if match else None
-    if match is None or rule is None or not rule.size(int(match.group(2))):
-        return None
-    return rule, int(match.group(2))
+    start, _, size = name.rpartition("_")
+    rule = _RULES.get(start)
+    return None if rule is None or not rule.is_size(size) else (rule, size)
 
 
 def _derived(plan: Mapping, name: str) -> dict:
@@ -179,7 +196,8 @@ def _derived(plan: Mapping, name: str) -> dict:
         raise PlanError(
             f"Plan {plan['plans_name']} has no configuration {name}",
             found=", ".join(plan["configurations"]),
-            expected=f"one of these, or {', '.join(f'{n}[_SIZE]' for n in _RULES)} on 3d_fullres (SIZE: features, 12, 24, …)",
+            expected="one of these, or on 3d_fullres "
+            + ", ".join(f"{n}[_SIZE] (SIZE: {rule.sizes})" for n, rule in _RULES.items()),
             remedy="choose one of these with -c",
         )
     rule, size = parsed

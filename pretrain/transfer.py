@@ -96,7 +96,8 @@ def transfer(
         (names, state[names[0]], next((name for name in names if name in tensors), None))
         for names in distinct((name, tensor) for name, tensor in state.items() if tensor.is_floating_point())
     ]
-    channels = _image_channels(encoder_state, matches, tensors)
+    kernels = {name: tensor for name, tensor in encoder_state.items() if identity(tensor) not in grids}
+    channels = _image_channels(kernels, matches, tensors)
     loaded: list[str] = []
     adapted: list[tuple[str, str]] = []
     new: list[tuple[str, str]] = []
@@ -108,7 +109,9 @@ def transfer(
             new.append((names[0], _absence(names[0], tensors)))
             continue
         source, mine = tensors[source_name], identity(tensor)
-        if mine in grids and source_name in (position_grids or {}):
+        if mine in grids and tensor.ndim == len(grids[mine]) + 2:
+            value, rule = _resample_grid(source, tensor.shape)
+        elif mine in grids and source_name in (position_grids or {}):
             value, rule = _resample_table(source, tensor.shape, (position_grids or {})[source_name], grids[mine])
         else:
             value, rule = _fit(
@@ -177,11 +180,11 @@ def _compare_derived(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor])
 
 
 def _image_channels(
-    encoder_state: Mapping[str, Tensor], matches: Iterable[tuple[list[str], Tensor, str | None]], tensors: Mapping
+    kernels: Mapping[str, Tensor], matches: Iterable[tuple[list[str], Tensor, str | None]], tensors: Mapping
 ) -> tuple[int, int] | None:
     """Input channels of the source's and the target's first kernel. Every kernel of the encoder with the same two numbers
     looks at the image too, as the second branch of SwinUNETR does; None where they are equal."""
-    first = next((identity(tensor) for tensor in encoder_state.values() if tensor.ndim >= 4), None)
+    first = next((identity(tensor) for tensor in kernels.values() if tensor.ndim >= 4), None)
     for _, tensor, source_name in matches:
         if identity(tensor) == first and source_name is not None and tensors[source_name].ndim >= 4:
             old, new = tensors[source_name].shape[1], tensor.shape[1]
@@ -240,6 +243,18 @@ def _resample_table(
     rules = [f"positions {tuple(old)} to {tuple(new)} by linear interpolation"] if tuple(old) != tuple(new) else []
     rules += [f"{extra - kept} of {extra} class tokens dropped"] if extra != kept else []
     return torch.cat([source[:, :kept].float(), table.flatten(1, -2)], 1).to(source.dtype), ", ".join(rules)
+
+
+def _resample_grid(source: Tensor, shape: torch.Size) -> tuple[Tensor | None, str]:
+    """A table of positions (1, features, *grid) on another grid."""
+    if source.ndim != len(shape) or source.shape[:2] != shape[:2]:
+        return None, f"positions {tuple(source.shape)} against {tuple(shape)}"
+    table = source.float()
+    for axis in range(2, len(shape)):
+        if source.shape[axis] != shape[axis]:
+            table = _resample_axis(table, axis, shape[axis])
+    old, new = tuple(source.shape[2:]), tuple(shape[2:])
+    return table.to(source.dtype), f"positions {old} to {new} by linear interpolation" if old != new else ""
 
 
 def _resample_axis(table: Tensor, axis: int, size: int) -> Tensor:

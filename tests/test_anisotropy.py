@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
-from planners.anisotropy import degree_of_anisotropy, degree_per_stage, leading_in_plane_stages
+from planners.anisotropy import degree_of_anisotropy, degree_per_stage, leading_in_plane_stages, strides_of_degree
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,9 @@ def test_rule_equals_nnunets_topology_with_unequal_plane_spacings():
             continue
         _, strides, _, _, _ = get_pool_and_conv_props(spacing, (8192, 8192, 8192), 4, 999999)
         assert leading_in_plane_stages(strides) == degree_of_anisotropy(spacing), spacing
+
+
+def test_strides_leave_the_slices_alone_as_often_as_da_says():
+    assert strides_of_degree(0, 3) == [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+    assert strides_of_degree(2, 4) == [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2]]
+    assert all(leading_in_plane_stages(strides_of_degree(degree, 6)) == degree for degree in range(6))

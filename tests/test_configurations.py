@@ -65,6 +65,10 @@ def rows(configuration) -> dict[str, str]:
         ("3d_fullres", False),
         ("2d_swin", False),
         ("3d_fullres_swin2", False),
+        ("3d_fullres_sac", True),
+        ("3d_fullres_sac_l", True),
+        ("3d_fullres_sac_96", False),
+        ("3d_fullres_swin_b", False),
     ],
 )
 def test_only_names_of_the_table_are_derivable(name, yes):

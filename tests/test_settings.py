@@ -85,6 +85,13 @@ def test_primus_is_finetuned_at_a_third_of_the_rate():
         assert (chosen.optimizer, chosen.weight_decay, chosen.warm_up, chosen.schedule) == ("adamw", 5e-2, 0.05, "poly")
 
 
+@pytest.mark.parametrize(("pretrained", "llrd"), [(False, 1.0), (True, 0.85)])
+def test_pumit_has_the_published_recipe_and_decays_pretrained_layers(pretrained, llrd):
+    chosen = settings(network="PUMIT", pretrained=pretrained)
+    assert (chosen.optimizer, chosen.lr, chosen.lr_end, chosen.weight_decay) == ("adamw", 1e-4, 1e-6, 0.05)
+    assert (chosen.schedule, chosen.warm_up, chosen.clip, chosen.llrd) == ("cosine", 0.1, 1.0, llrd)
+
+
 def test_asking_for_sgd_gives_a_transformer_the_settings_of_sgd():
     chosen = settings(network="SwinUNETR", optimizer="sgd")
     assert (chosen.optimizer, chosen.lr, chosen.weight_decay, chosen.schedule) == ("sgd", 1e-2, 3e-5, "poly")
@@ -97,3 +104,12 @@ def test_the_cosine_falls_from_the_rate_to_zero():
     assert learning_rate(chosen, 0.4) == pytest.approx((1 + 2**-0.5) / 2)
     assert learning_rate(chosen, 0.6) == pytest.approx(0.5)
     assert learning_rate(chosen, 1.0) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("schedule", ["poly", "cosine"])
+def test_the_rate_can_end_above_zero(schedule):
+    chosen = settings(warm_up=0.2, lr=1.0, lr_end=0.1, schedule=schedule)
+    assert learning_rate(chosen, 0.2) == pytest.approx(1.0)
+    assert learning_rate(chosen, 1.0) == pytest.approx(0.1)
+    if schedule == "cosine":
+        assert learning_rate(chosen, 0.6) == pytest.approx(0.55)

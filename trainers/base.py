@@ -19,6 +19,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import empty_cache
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 from planners.errors import DatasetError, SettingsError
 from planners.files import copy_file, write_json
@@ -41,6 +42,7 @@ from trainers.settings import KEYS, TrainSettings, learning_rate, resolve, valid
 logger = logging.getLogger("autoseg")
 
 _TIMED_ITERATIONS = 5
+_NNUNET_CLIP = 12
 
 
 class AutosegTrainer(nnUNetTrainer):
@@ -164,16 +166,31 @@ class AutosegTrainer(nnUNetTrainer):
             super().set_deep_supervision_enabled(enabled)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
-        """Optimiser with the encoder as its own group, so that it can rest; rates are set at each iteration."""
-        encoder = list(encoder_of(self.bare_network).parameters())
+        """Optimiser with the encoder as its own group, so that it can rest, or one for each of its layers, so that they can
+        have rates of their own; rates are set at each iteration."""
+        encoder = encoder_of(self.bare_network)
         others = {id(p): p for p in self.network.parameters()}
-        for parameter in encoder:
+        for parameter in encoder.parameters():
             others.pop(id(parameter), None)
-        groups = [{"params": encoder, "part": "encoder"}, {"params": list(others.values()), "part": "other"}]
-        decay = self.settings.weight_decay
-        if self.settings.optimizer == "adamw":
-            return torch.optim.AdamW(groups, self.settings.lr, weight_decay=decay), None
-        return torch.optim.SGD(groups, self.settings.lr, weight_decay=decay, momentum=0.99, nesterov=True), None
+        groups = [
+            {"params": parameters, "part": "encoder", "scale": scale}
+            for parameters, scale in _layers(encoder, self.settings.llrd)
+        ]
+        groups.append({"params": list(others.values()), "part": "other", "scale": 1.0})
+        decay, optimizer = self.settings.weight_decay, self.settings.optimizer
+        made: torch.optim.Optimizer = (
+            torch.optim.AdamW(groups, self.settings.lr, weight_decay=decay)
+            if optimizer == "adamw"
+            else torch.optim.SGD(groups, self.settings.lr, weight_decay=decay, momentum=0.99, nesterov=True)
+        )
+        if self.settings.clip < _NNUNET_CLIP:
+            made.register_step_pre_hook(self._shorten_gradient)
+        return made, None
+
+    def _shorten_gradient(self, *_: Any) -> None:
+        """Before each step of the optimiser. nnU-Net's training step has shortened the gradient to a norm of 12 by then, which
+        leaves its direction as it is."""
+        clip_grad_norm_(self.network.parameters(), self.settings.clip)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """The fold's training cases, or the share of them that `label_fraction` asks for, and its validation cases."""
@@ -214,7 +231,7 @@ class AutosegTrainer(nnUNetTrainer):
         if self.current_epoch < self.num_epochs:
             self.say(
                 f"Ended in epoch {self.current_epoch} of {self.num_epochs} by max_minutes "
-                f"({self.settings.max_minutes:g}); the learning rate was brought to zero by then"
+                f"({self.settings.max_minutes:g}); the learning rate was brought to its end by then"
             )
         self.on_train_end()
 
@@ -239,7 +256,8 @@ class AutosegTrainer(nnUNetTrainer):
         rate = learning_rate(self.settings, self.progress)
         resting = self.current_epoch < self.settings.frozen_epochs
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0 if resting and group["part"] == "encoder" else rate
+            # Runs begun by an older version have no scales in their optimiser's state.
+            group["lr"] = 0.0 if resting and group["part"] == "encoder" else rate * group.get("scale", 1.0)
         return super().train_step(batch)
 
     def _train_epoch(self, received: Callable[[], int]) -> bool:
@@ -399,6 +417,21 @@ class AutosegTrainer(nnUNetTrainer):
 
     def _seconds_left(self) -> float:
         return self.elapsed_seconds / max(self.progress, 1e-9) * (1 - self.progress)
+
+
+def _layers(encoder: Any, decay: float) -> list[tuple[list[nn.Parameter], float]]:
+    """Parameters of the encoder and the share of the rate they have: decay^n, with n layers between them and the decoder."""
+    if decay == 1:
+        return [(list(encoder.parameters()), 1.0)]
+    if not hasattr(encoder, "layers"):
+        raise SettingsError(
+            "Layer-wise decay of the learning rate needs a network that says what its layers are",
+            found=f"train.llrd={decay:g} with the encoder {type(encoder).__name__}",
+            expected="-c 3d_fullres_sac",
+            remedy="leave train.llrd out",
+        )
+    layers = encoder.layers()
+    return [(layer, decay ** (len(layers) - 1 - index)) for index, layer in enumerate(layers)]
 
 
 def _settings(plans: dict, configuration: str, device: torch.device) -> TrainSettings:

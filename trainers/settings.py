@@ -27,24 +27,31 @@ class TrainSettings:
     """What `--set train.KEY=VALUE` can change. Saved with the run; all its folds share it."""
 
     epochs: Annotated[int, Field(ge=1)] = 1000
-    """Epochs; the learning rate reaches zero at the end, however short the run."""
+    """Epochs; the learning rate reaches its end with the last, however short the run."""
     iterations: Annotated[int, Field(ge=1)] = 250
     """Training iterations of an epoch; a fifth as many validation iterations follow."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """`sgd` with Nesterov momentum 0.99, as nnU-Net, or `adamw`."""
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-2
     """Highest learning rate."""
+    lr_end: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end."""
+    llrd: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Layer-wise decay of the rate: each block of a transformer has this share of the rate of the block after it, the tokens
+    and positions that of the first block, and the decoder the whole. Below 1 only for `3d_fullres_sac`."""
     schedule: Literal["poly", "cosine"] = "poly"
-    """How the rate falls to zero: `poly` as (1 - progress)^0.9, as nnU-Net, or `cosine` as half a wave."""
+    """How the rate falls to its end: `poly` as (1 - progress)^0.9, as nnU-Net, or `cosine` as half a wave."""
     weight_decay: Annotated[float, Field(ge=0)] = 3e-5
     """Weight decay."""
+    clip: Annotated[float, Field(gt=0, le=12)] = 12.0
+    """Largest norm of the gradient of all weights; a longer one is shortened to it. 12 is nnU-Net's."""
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of all iterations in which the rate of all layers rises linearly from zero."""
     frozen_epochs: Annotated[int, Field(ge=0)] = 0
     """First epochs in which the encoder is left as it is."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """End after this time of training, final validation not counted; the schedule is shortened to fit, so that the
-    learning rate still reaches zero."""
+    learning rate still reaches its end."""
     label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the fold's training cases that is used, at least one; chosen by the seed, and a smaller share is a part of a
     larger one. The validation cases are all used."""
@@ -76,7 +83,7 @@ class Resolved:
         return [(f"train.{key}", f"{values[key]}", self.origins[key]) for key in KEYS]
 
 
-TRANSFORMERS = ("SwinUNETR", "Primus")
+TRANSFORMERS = ("SwinUNETR", "Primus", "PUMIT")
 """Networks that are trained with AdamW by their published recipes, however long."""
 
 
@@ -109,6 +116,11 @@ def resolve(given: Mapping[str, Any], *, budget: str, device: str, pretrained: b
     elif optimizer == "adamw" and network == "Primus":
         # MIC-DKFZ/nnUNet, the trainers for nnssl's weights: 50 of 1000 epochs
         by_rule(lr=1e-4 if pretrained else 3e-4, weight_decay=5e-2, warm_up=0.05)
+    elif optimizer == "adamw" and network == "PUMIT":
+        # function2-llx/PUMIT:downstream/btcv: 5,000 of 50,000 steps; the decay of pretrained layers is EVA-02's, not PUMIT's
+        by_rule(lr=1e-4, lr_end=1e-6, weight_decay=5e-2, warm_up=0.1, schedule="cosine", clip=1.0)
+        if pretrained:
+            by_rule(llrd=0.85)
     elif optimizer == "adamw":
         by_rule(lr=2e-3)
     elif pretrained and total >= LONG_ITERATIONS:
@@ -124,10 +136,9 @@ def validated(values: Mapping[str, Any]) -> TrainSettings:
 
 
 def learning_rate(settings: TrainSettings, progress: float) -> float:
-    """The rate at `progress` in [0, 1): a linear rise over `warm_up`, then the schedule's fall to zero."""
+    """The rate at `progress` in [0, 1): a linear rise over `warm_up`, then the schedule's fall to `lr_end`."""
     if progress < settings.warm_up:
         return settings.lr * progress / settings.warm_up
     rest = min((progress - settings.warm_up) / (1 - settings.warm_up), 1.0)
-    if settings.schedule == "cosine":
-        return settings.lr * (1 + cos(pi * rest)) / 2
-    return settings.lr * (1 - rest) ** 0.9
+    share = (1 + cos(pi * rest)) / 2 if settings.schedule == "cosine" else (1 - rest) ** 0.9
+    return settings.lr_end + (settings.lr - settings.lr_end) * share

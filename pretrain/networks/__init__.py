@@ -12,6 +12,7 @@ _CLASSES = {
     "SwinUNETR": "pretrain.networks.swin",
     "Primus": "pretrain.networks.primus",
     "PCRLUNet": "pretrain.networks.pcrl_unet",
+    "PUMIT": "pretrain.networks.pumit",
 }
 
 

@@ -26,6 +26,7 @@ NETWORKS: dict[str, str] = {
     "pretrain.networks.SwinUNETR": "pretrain.networks.SwinUNETR",
     "pretrain.networks.Primus": "pretrain.networks.Primus",
     "pretrain.networks.PCRLUNet": "pretrain.networks.PCRLUNet",
+    "pretrain.networks.PUMIT": "pretrain.networks.PUMIT",
 }
 
 _ONE_OUTPUT = ("pretrain.networks.SwinUNETR", "pretrain.networks.Primus", "pretrain.networks.PCRLUNet")
