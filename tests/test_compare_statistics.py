@@ -138,7 +138,8 @@ def test_what_is_said_of_a_difference(low, high, cases, words):
 
 
 def test_few_seeds_are_said():
-    assert verdict(Estimate(0.03, 0.01, 0.05), 10, 1) == "better than scratch (1 seed)"
+    assert verdict(Estimate(0.03, 0.01, 0.05), 10, 1) == "higher in one training"
+    assert verdict(Estimate(-0.03, -0.05, -0.01), 10, 1) == "lower in one training"
     assert verdict(Estimate(-0.03, -0.05, -0.01), 10, 4) == "worse than scratch (4 seeds)"
     assert verdict(Estimate(0.03, -0.01, 0.05), 10, 1) == "no difference shown"
 
@@ -173,7 +174,7 @@ def test_a_failed_training_leaves_its_pairs_out_and_the_rest_in():
     assert scratch.difference is None and scratch.verdict == ""
     assert (voco.seeds, voco.pair_seeds, voco.pairs) == (2, 1, 8)
     assert (voco.difference.mean, voco.difference.low, voco.difference.high) == pytest.approx((0.1, 0.1, 0.1))
-    assert voco.verdict == "better than scratch (1 seed)"
+    assert voco.verdict == "higher in one training"
 
 
 def test_the_same_case_in_two_folds_counts_twice():

@@ -144,8 +144,12 @@ def verdict(difference: Estimate | None, cases: int, seeds: int) -> str:
         return "too few cases to tell"
     if difference.low <= 0 <= difference.high:
         return "no difference shown"
-    few = f" ({seeds} seed{'s' if seeds > 1 else ''})" if seeds < FEW_SEEDS else ""
-    return ("better" if difference.low > 0 else "worse") + " than scratch" + few
+    better = difference.low > 0
+    if seeds == 1:
+        # Two trainings of the same arm differ by more than their cases do, so this says nothing about the arm.
+        return ("higher" if better else "lower") + " in one training"
+    few = f" ({seeds} seeds)" if seeds < FEW_SEEDS else ""
+    return ("better" if better else "worse") + " than scratch" + few
 
 
 def epochs_to(curve: Sequence[float], target: float) -> int | None:

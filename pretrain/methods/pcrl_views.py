@@ -97,7 +97,8 @@ def cut(
     What lies outside the scan or the window is the smallest value of each channel.
     """
     voxels, inside = read_window(source, window.start, window.size)
-    shown = share_shown(voxels[(slice(None), *(slice(*part) for part in inside))], source.info)
+    box = (slice(None), *(slice(*part) for part in inside))
+    shown = share_shown(voxels[box], source.info)
     lowest = voxels.reshape(len(voxels), -1).min(1).reshape(-1, *[1] * len(size))
     spacing = source.info.spacing
     matrix = jitter([w * s for w, s in zip(window.size, spacing, strict=True)], rng)
