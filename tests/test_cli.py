@@ -38,16 +38,20 @@ def cpu_seconds_of_children() -> float:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_answers_at_once(command):
-    times = []
+    """In 0.3 CPU seconds, where importing the command line's library takes 0.09 (twice that or more on a busy machine)."""
+    overdrawn = []
     for _ in range(8):  # the best of several: other work on the machine adds to a single measurement
         before = cpu_seconds_of_children()
+        subprocess.run([sys.executable, "-c", "import typer"], check=True)
+        between = cpu_seconds_of_children()
         result = autoseg(*command, "--help")
-        times.append(cpu_seconds_of_children() - before)
+        took = cpu_seconds_of_children() - between
         assert result.returncode == 0, result.stderr
         assert "Usage: autoseg" in result.stdout
-        if times[-1] <= 0.3:
+        overdrawn.append(took - 0.3 * max(1.0, (between - before) / 0.09))
+        if overdrawn[-1] <= 0:
             break
-    assert min(times) <= 0.3
+    assert min(overdrawn) <= 0
 
 
 @pytest.mark.parametrize(
