@@ -73,8 +73,9 @@ def test_views_do_not_depend_on_the_number_of_workers(home: Path) -> None:
     assert all(torch.equal(tensor, together[name]) for name, tensor in alone.items())
 
 
-@pytest.mark.parametrize("mode", ["paper", "official"])
-def test_queue_and_norms_learn_the_batches_of_all_processes(mode: str) -> None:
+# Cases, keys and the pooled maps of both encoders; in `official` the scale of its scores too.
+@pytest.mark.parametrize(("mode", "tensors"), [("paper", 4), ("official", 5)])
+def test_queue_and_norms_learn_the_batches_of_all_processes(mode: str, tensors: int) -> None:
     """Only the first process saves them, so they must be equal on all."""
     model = tiny_model(mode=mode)
     batch = batch_of(model)
@@ -87,6 +88,6 @@ def test_queue_and_norms_learn_the_batches_of_all_processes(mode: str) -> None:
     model.gather = gather
     with torch.no_grad():
         model.after_step(batch, model.loss(batch, STEP), STEP)
-    assert len(gathered) == 4
+    assert len(gathered) == tensors
     assert model.task.queue.filled == 4
     assert int(model.task.embedding.norm.count) == 1
