@@ -40,6 +40,7 @@ def test_crops_that_do_not_count_change_nothing() -> None:
     samples = [Rotation.sample(SPEC, noise(1, 12, 12, 12), [n], np.random.default_rng(n)) for n in (0, 4)]
     samples[1]["valid"][:] = False
     both, one = (rotation.loss(rotation.collate(some), STEP) for some in (samples, samples[:1]))
+    assert (float(both.pop("shown")), float(one.pop("shown"))) == (0.5, 1.0)
     assert {k: float(v) for k, v in both.items()} == pytest.approx({k: float(v) for k, v in one.items()}, abs=1e-5)
 
 
