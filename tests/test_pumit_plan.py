@@ -87,11 +87,11 @@ def test_the_small_plan_has_one_multiple_an_axis_and_one_more(degree):
 
 
 def test_the_patch_shrinks_with_the_memory_and_says_so():
-    configuration = sac(patch=(128, 128, 128), spacing=SPACINGS[0], memory=6)
+    configuration = sac(patch=(128, 128, 128), spacing=SPACINGS[0], memory=5)
     patch, arguments = configuration["patch_size"], configuration["architecture"]["arch_kwargs"]
     assert patch == [96, 128, 128]  # equal numbers of steps and lengths: the slice axis goes first
-    assert training_gb(patch, arguments["strides"], arguments, 2, half=True, labels=3) <= 6
-    assert "shrunk from 128×128×128 to fit into 6 GB" in rows(configuration)["patch, voxels"]
+    assert training_gb(patch, arguments["strides"], arguments, 2, half=True, labels=3) <= 5
+    assert "shrunk from 128×128×128 to fit into 5 GB" in rows(configuration)["patch, voxels"]
 
 
 def test_a_batch_of_one_where_two_do_not_fit_and_an_error_where_none_does():
@@ -101,6 +101,21 @@ def test_a_batch_of_one_where_two_do_not_fit_and_an_error_where_none_does():
     assert configuration["batch_size"] == 1
     with pytest.raises(PlanError, match=r"--gpu-memory 7"):
         sac("3d_fullres_sac_l", memory=2)
+
+
+@pytest.mark.parametrize(
+    ("budget", "name", "patch", "degree", "measured"),
+    [
+        ("full", "3d_fullres_sac_s", (64, 64, 64), 0, 1.68),
+        ("full", "3d_fullres_sac_s", (40, 160, 160), 2, 4.56),
+        ("full", "3d_fullres_sac_b", (32, 64, 64), 1, 2.867),
+        ("cpu", "3d_fullres_sac", (32, 64, 32), 0, 0.144),
+    ],
+)
+def test_the_memory_estimate_is_what_was_measured(budget, name, patch, degree, measured):
+    arguments = sac(name, budget=budget)["architecture"]["arch_kwargs"]
+    estimate = training_gb(patch, strides_of_degree(degree, 6), arguments, 2, half=budget == "full")
+    assert estimate == pytest.approx(measured, rel=0.09)
 
 
 def test_plan_and_network_agree():
