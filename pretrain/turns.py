@@ -109,7 +109,8 @@ def turnable_crop(
     fitting = [c for c in crops if c.zoom <= MAX_ZOOM]
     large = [c for c in fitting if c.exchanged and c.cut[c.exchanged[0]] == c.size[c.exchanged[0]] >= _ENOUGH]
     if not fitting:
-        wanted = [math.ceil(2 * s * r / MAX_ZOOM) for s, r in zip(stride, room[-dims:], strict=True)]
+        # Whole voxels are cut, and so many of them must lie in the room.
+        wanted = [math.ceil(math.ceil(2 * s / MAX_ZOOM) * r) for s, r in zip(stride, room[-dims:], strict=True)]
         raise PlanError(
             f"The scans are too small for {method} with this network",
             found=f"scans of {times([int(v) for v in shapes])} voxels (one in ten is smaller)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from planners.errors import PlanError
 from pretrain.encoders import EncoderInfo
 from pretrain.method import Target
-from pretrain.turns import TURNS, TurnableCrop, turnable_crop, turns_of
+from pretrain.turns import MAX_ZOOM, TURNS, TurnableCrop, turnable_crop, turns_of
 from pretrain.volumes import CaseInfo
 from tests.tiny import Array, tiny_plan
 
@@ -139,6 +140,18 @@ def test_small_scans_are_enlarged_at_most_two_and_a_half_times() -> None:
         turnable_crop(target, scans((6, 30, 30), (1, 1, 1)), method="rotation")
     assert "7×7×7" in str(error.value)
     assert "--patch-size" in str(error.value)
+
+
+@pytest.mark.parametrize("stride", [(4, 8, 8), (8, 8, 8), (16, 16, 16), (64, 64, 64)])
+@pytest.mark.parametrize("room", [(1.0, 1.0, 1.0), (1.0, 1.53, 1.53)])
+def test_scans_of_the_size_that_a_refusal_asks_for_are_accepted(stride: tuple, room: tuple) -> None:
+    target = target_of((64, 64, 64), stride, (1, 1, 1))
+    with pytest.raises(PlanError) as error:
+        turnable_crop(target, scans((2, 2, 2), (1, 1, 1)), room=room, method="exemplar")
+    asked = tuple(map(int, re.search(r"at least (\d+)×(\d+)×(\d+)", str(error.value)).groups()))
+    assert turnable_crop(target, scans(asked, (1, 1, 1)), room=room, method="exemplar").zoom <= MAX_ZOOM
+    with pytest.raises(PlanError):
+        turnable_crop(target, scans(tuple(n - 1 for n in asked), (1, 1, 1)), room=room, method="exemplar")
 
 
 def test_crops_come_from_inside_the_scan() -> None:
