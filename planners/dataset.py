@@ -20,6 +20,8 @@ from planners.files import read_json
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 """Volumes that can be read; `.mhd` keeps its voxels in a second file and is only an input."""
+PICTURE_ENDINGS = (".png", ".bmp", ".jpg", ".jpeg")
+"""2D images that can be learned from beside volumes, where a method takes them."""
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 
@@ -143,6 +145,32 @@ def scans_in_folder(folder: str | Path, channels: int, file_ending: str | None =
             remedy="add the missing files, or rename those that are not channels of the same case",
         )
     return tuple(cases)
+
+
+def single_images(folder: str | Path) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """(volumes, 2D images) of a folder, each file a scan of its own, named by its stem. Raises DatasetError for none."""
+    folder = Path(folder)
+    if not folder.exists():
+        raise DatasetError("No such file or folder", where=folder)
+    files = [folder] if folder.is_file() else _files(folder)
+    kinds = []
+    for endings in (IMAGE_ENDINGS, PICTURE_ENDINGS):
+        named: dict[str, list[Path]] = {}
+        for path in files:
+            stem, ending = split_ending(path, endings)
+            if ending:
+                named.setdefault(stem, []).append(path)
+        twice = [" and ".join(path.name for path in paths_) for paths_ in named.values() if len(paths_) > 1]
+        if twice:
+            raise DatasetError(
+                "Files that differ only in their ending", where=folder, found=twice[0], remedy="rename one of them"
+            )
+        kinds.append(tuple(Case(stem, (paths_[0],)) for stem, paths_ in named.items()))
+    if not any(kinds):
+        raise DatasetError(
+            "No scan found", where=folder, expected=f"files ending in {', '.join((*IMAGE_ENDINGS, *PICTURE_ENDINGS))}"
+        )
+    return kinds[0], kinds[1]
 
 
 def split_ending(path: str | Path, endings: Iterable[str] = IMAGE_ENDINGS) -> tuple[str, str]:

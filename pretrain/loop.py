@@ -38,10 +38,10 @@ from pretrain.importers.reading import read_weights
 from pretrain.importers.weights import Weights
 from pretrain.method import PretrainMethod, Target
 from pretrain.optimise import phases
+from pretrain.pools import build_pool
 from pretrain.settings import configure
 from pretrain.training import Run, card_of, train
 from pretrain.transfer import transfer
-from pretrain.volumes import build_pool
 
 logger = logging.getLogger("autoseg")
 
@@ -82,7 +82,8 @@ def pretrain(
         init: weights to start from: a path (`pretrain.importers`), or the name of an encoder of this dataset. Without
             `configuration` they decide it.
         images: a folder of more scans.
-        more_datasets: whose scans are used too, preprocessed by this dataset's plan.
+        more_datasets: whose scans are used too, preprocessed by this dataset's plan, or on their own grid if the method takes
+            any spacing.
         exclude_fold: whose validation cases are left out.
         allow_partial: accept an `init` whose pretraining is not finished.
         show_config: only say every option, its value and who decided it.
@@ -182,6 +183,7 @@ def _assemble(
             images=None if options.images is None else Path(options.images),
             more_datasets=options.more_datasets,
             exclude_fold=options.exclude_fold,
+            own_grid=method_class.own_grid,
         )
     learn, held_out = pool.split(_HELD_OUT_SHARE, options.seed)
     config: Any = configure(method_class.Config, options.method, options.config)

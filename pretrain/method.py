@@ -133,6 +133,9 @@ class PretrainMethod(nn.Module, ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
     """`default` and `cpu`: what each changes in `Config`."""
     citation: ClassVar[str]
+    own_grid: ClassVar[bool] = False
+    """Whether scans from other datasets and folders keep their voxels and channels: cases differ in spacing and channels then,
+    and a 2D image is a case of one slice."""
 
     gather: Callable[[Tensor], Tensor]
     """Concatenates a tensor (n, …) of every process to (processes · n, …), differentiably. With a loss term computed from

@@ -21,8 +21,9 @@ from pretrain.checkpoint import load_encoder
 from pretrain.distributed import gather
 from pretrain.method import Batch, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Terms
 from pretrain.optimise import phases, rate_factor, update_averages
+from pretrain.pools import build_pool
 from pretrain.settings import configure, describe
-from pretrain.volumes import CaseInfo, Volume, build_pool
+from pretrain.volumes import CaseInfo, Volume
 from tests.gathering import data, joint_term, one_process
 from tests.stubs import Stub, copy_home, make_home, run_stub, use_method
 from tests.tiny import DATASET, tiny_plan

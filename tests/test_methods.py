@@ -33,9 +33,10 @@ from pretrain.encoders import build_segmentation_network, encoder_info, encoder_
 from pretrain.loop import pretrain
 from pretrain.method import Batch, PretrainMethod, Step, Target
 from pretrain.optimise import build_optimizer, phases, prepare_stage, update_averages
+from pretrain.pools import build_pool
 from pretrain.settings import configure
 from pretrain.transfer import transfer
-from pretrain.volumes import CaseInfo, Pool, build_pool
+from pretrain.volumes import CaseInfo, Pool
 from tests.stubs import PLAN, copy_home, make_home
 from tests.tiny import DATASET, Array, dataset_json, tiny_plan
 

@@ -15,8 +15,10 @@ import pytest
 from planners import paths
 from planners.dataset import load_dataset
 from planners.errors import DatasetError
+from pretrain.case_index import otsu
 from pretrain.crops import best_of, mirrored, read_window, resize, turned
-from pretrain.volumes import Pool, Volumes, build_pool, otsu
+from pretrain.pools import build_pool
+from pretrain.volumes import Pool, Volumes
 from tests.stubs import copy_home, make_home
 from tests.tiny import DATASET, SPACING_MM, tiny_plan, tiny_scan, write_image
 
@@ -48,7 +50,7 @@ def test_a_pool_knows_its_cases_without_reading_voxels_again(home: Path, monkeyp
     assert info.spacing == SPACING_MM
     assert info.original_spacing == pytest.approx(SPACING_MM, rel=1e-6)
     assert info.channels == 1
-    monkeypatch.setattr("pretrain.volumes.measure_case", None)  # would fail if called
+    monkeypatch.setattr("pretrain.case_index.measure_case", None)  # would fail if called
     assert pool_of() == pool
 
 
