@@ -55,7 +55,7 @@ class ExemplarConfig:
     """Volumes of a batch, each with two views, negatives of each other; none: as many as the plan's batch has, at least 2,
     and two batches or more a step where that is less than 4."""
     queue: Annotated[int, Field(ge=1)] = 256
-    """Views of the steps before, which stand in where a batch has no negative: when few scans are held out."""
+    """Views of the steps before, which stand in for the loss where a batch has no negative: when a single scan is held out."""
     margin: Annotated[float, Field(gt=0, le=4)] = 1.0
     """Of the triplet loss; squared distances of unit vectors reach from 0 to 4."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
@@ -117,6 +117,7 @@ class Exemplar(PretrainMethod):
             raise PlanError(
                 "Exemplar compares scans, and there is only one to learn from",
                 found=pool[0].id,
+                expected="at least two, so three in all: one scan in ten, and at least one, is held out",
                 remedy="add scans with --images FOLDER, or take a method that learns from one (rotation)",
             )
         crop = turnable_crop(target, pool, room=room_of_views(dims), method="exemplar")
@@ -185,8 +186,12 @@ class Exemplar(PretrainMethod):
         return functional.normalize(embedded.float(), dim=1).unflatten(0, views.shape[:2])
 
     def loss(self, batch: Batch, step: Step) -> Terms:
-        """The chosen loss over the views of all processes; metrics `acc` (partner found among as many volumes as a batch
-        holds), `spread` (standard deviation of the embeddings) and, of triplets, `active` (share that is not solved)."""
+        """The chosen loss over the views of all processes, and `shown`, the share of the views that have a negative.
+
+        Metrics: `acc` (partner found among one view each of `volumes` scans), `told_apart` (share of the other scans'
+        views that are less alike than the partner), `spread` (standard deviation of the embeddings) and, of triplets,
+        `active` (share that is not solved). Where no view has a negative, loss (0) and `shown` are all.
+        """
         own = self.embed(batch["views"])
         with torch.autocast(own.device.type, enabled=False):
             z, cases = self.gather(own), self.gather(batch["case"])
@@ -203,9 +208,17 @@ class Exemplar(PretrainMethod):
             else:
                 terms = infonce_terms(partner, similarity, negative, self.config.temperature)
         with torch.no_grad():
-            terms["acc"] = found_among(partner, similarity, torch.cat([here, before], 1), self.spec.volumes - 1)
-            terms["spread"] = own.flatten(0, 1).std(0).mean()
-        return {**terms, "embeddings": z.detach(), "cases": cases}
+            shown = negative.any(1).float().mean()
+            if shown:
+                terms["spread"] = own.flatten(0, 1).std(0).mean()
+                # Never of the queue: what other weights embedded is less alike than any partner, so an encoder that knows
+                # nothing would be right. Where fewer than `volumes` scans are held out, `told_apart` alone is left.
+                first_views = here[:, : len(z)]
+                terms |= found_among(partner, similarity[:, : len(z)], first_views, self.spec.volumes - 1)
+                terms |= told_apart(partner, similarity[:, : len(anchors)], here)
+            else:
+                terms = {"loss": terms["loss"]}
+        return {**terms, "shown": shown, "embeddings": z.detach(), "cases": cases}
 
     def after_step(self, batch: Batch, terms: Terms, step: Step) -> None:
         """Put the views of all processes into the queue, over the oldest."""
@@ -215,11 +228,11 @@ class Exemplar(PretrainMethod):
         self.written += len(rows)
 
     def chance(self) -> Mapping[str, float]:
-        return {"acc": 1 / self.spec.volumes}
+        return {"acc": 1 / self.spec.volumes, "told_apart": 0.5}
 
     def diagnose(self, recent: Mapping[str, float], step: Step) -> str | None:
         unrelated = self.config.embedding**-0.5
-        if step.progress < 0.1 or step.index < _SOON or recent["spread"] > _COLLAPSED * unrelated:
+        if step.progress < 0.1 or step.index < _SOON or recent.get("spread", unrelated) > _COLLAPSED * unrelated:
             return None
         return (
             f"Exemplar describes all views alike: the spread of the embeddings is {recent['spread']:.4f}, of unrelated ones it "
@@ -279,15 +292,24 @@ def infonce_terms(partner: Tensor, similarity: Tensor, negative: Tensor, tempera
     return {"loss": (-logits.log_softmax(1)[:, 0] * counted).sum() / counted.sum().clamp(min=1)}
 
 
-def found_among(partner: Tensor, similarity: Tensor, negative: Tensor, others: int) -> Tensor:
-    """How often the partner is more similar than each of `others` negatives, the first there are; chance is 1/(others + 1).
+def found_among(partner: Tensor, similarity: Tensor, negative: Tensor, others: int) -> Terms:
+    """`acc`: how often the partner is more similar than each of `others` negatives, the first there are.
 
-    Anchors with fewer negatives do not count; 0 where none has enough.
+    Chance is 1/(others + 1), so anchors with fewer negatives do not count; where all have fewer there is no `acc`.
     """
     first = negative & (negative.cumsum(1) <= others)
     enough = first.sum(1) == others
     right = (similarity.masked_fill(~first, -torch.inf).amax(1) < partner) & enough
-    return right.sum() / enough.sum().clamp(min=1)
+    return {"acc": right.sum() / enough.sum()} if enough.any() else {}
+
+
+def told_apart(partner: Tensor, similarity: Tensor, negative: Tensor) -> Terms:
+    """`told_apart`: share of an anchor's negatives that are less similar than its partner, equal ones by half; the mean over
+    the anchors with a negative. Chance is 0.5, however many negatives there are. Without any there is none."""
+    counted = negative.any(1)
+    below = (similarity < partner[:, None]) + 0.5 * (similarity == partner[:, None])
+    share = (below * negative).sum(1) / negative.sum(1).clamp(min=1)
+    return {"told_apart": share[counted].mean()} if counted.any() else {}
 
 
 def _in_rows(z: Tensor, cases: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,8 @@ def draw_task(spec: ExemplarSpec, batch: Batch, embeddings: Tensor) -> Figure:
         title = f"network's answer: {'right' if right else f'scan {found + 1}, wrong'}"
         if not usable[number]:
             colour, title = "0.5", "not counted: nothing to see"
+        elif usable.sum() == 1:
+            colour, title = "0.5", "not counted: no other scan"
         for row, (image, text) in enumerate(
             [
                 (views[number, 0], f"scan {number + 1}, view A"),
@@ -47,7 +49,8 @@ def draw_task(spec: ExemplarSpec, batch: Batch, embeddings: Tensor) -> Figure:
             axis = figure.add_subplot(grid[row, number])
             show_planes(axis, image, spec.spacing)
             axis.set_title(text, fontsize=9, color=colour if row == 2 else "black")
-    _draw_matrix(figure.add_subplot(grid[:, volumes]), cosine, answers)
+    counted = np.flatnonzero(usable) if usable.sum() > 1 else np.array([], int)
+    _draw_matrix(figure.add_subplot(grid[:, volumes]), cosine, answers, counted)
     figure.suptitle(
         "Held-out scans. Two views of one place (middle planes), mirrored, turned, tilted, zoomed, with another contrast.\n"
         "Last row: the view B that the network finds most like view A",
@@ -56,17 +59,15 @@ def draw_task(spec: ExemplarSpec, batch: Batch, embeddings: Tensor) -> Figure:
     return figure
 
 
-def _draw_matrix(axis: Any, cosine: np.ndarray, answers: np.ndarray) -> None:
-    """Rows: views A; columns: views B; a mark on each row's answer. The diagonal is right."""
+def _draw_matrix(axis: Any, cosine: np.ndarray, answers: np.ndarray, counted: np.ndarray) -> None:
+    """Rows: views A; columns: views B; a mark on the answer of each row that counts. The diagonal is right."""
     number = len(cosine)
     image = axis.imshow(cosine, cmap="viridis")
-    axis.scatter(answers, range(number), marker="o", s=40, facecolors="none", edgecolors="red", linewidths=1.5)
+    axis.scatter(answers[counted], counted, marker="o", s=40, facecolors="none", edgecolors="red", linewidths=1.5)
     axis.set_xticks(range(number), [str(i + 1) for i in range(number)], fontsize=8)
     axis.set_yticks(range(number), [str(i + 1) for i in range(number)], fontsize=8)
     axis.set_xlabel("view B of scan", fontsize=9)
     axis.set_ylabel("view A of scan", fontsize=9)
-    axis.set_title(
-        f"likeness (cosine); circle: the answer\n{np.mean(answers == np.arange(number)):.0%} on the diagonal",
-        fontsize=9,
-    )
+    right = f"{np.mean(answers[counted] == counted):.0%} on the diagonal" if len(counted) else "nothing to compare"
+    axis.set_title(f"likeness (cosine); circle: the answer\n{right}", fontsize=9)
     axis.figure.colorbar(image, ax=axis, shrink=0.5)
