@@ -15,10 +15,10 @@ from torch import multiprocessing, nn
 
 from planners.dataset import load_dataset
 from planners.errors import SettingsError
+from pretrain import distributed
 from pretrain.batches import LEARNING, Batches
 from pretrain.catalog import METHODS, entry, load_method, settings_table
 from pretrain.checkpoint import load_encoder
-from pretrain import distributed
 from pretrain.method import Batch, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Terms
 from pretrain.optimise import phases, rate_factor, update_averages
 from pretrain.settings import configure, describe

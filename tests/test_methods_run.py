@@ -45,7 +45,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def enter(homes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Point all paths at the dataset of a kind, with the plan of a method; measure on few batches, which takes most of the time."""
+    """Point all paths at the dataset of a kind, with the plan of a method; measure on few batches, to save time."""
     monkeypatch.setattr(training, "_HELD_OUT_BATCHES", 2)
 
     def go(name: str, kind: str) -> None:
