@@ -15,16 +15,16 @@ from torch import multiprocessing, nn
 
 from planners.dataset import load_dataset
 from planners.errors import SettingsError
+from pretrain import distributed
 from pretrain.batches import LEARNING, Batches
 from pretrain.catalog import METHODS, entry, load_method, settings_table
 from pretrain.checkpoint import load_encoder
-from pretrain.distributed import gather
 from pretrain.method import Batch, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Terms
 from pretrain.optimise import phases, rate_factor, update_averages
 from pretrain.pools import build_pool
 from pretrain.settings import configure, describe
 from pretrain.volumes import CaseInfo, Volume
-from tests.gathering import data, joint_term, one_process
+from tests.gathering import MEASURED, data, joint_term, one_process
 from tests.stubs import Stub, copy_home, make_home, run_stub, use_method
 from tests.tiny import DATASET, tiny_plan
 
@@ -318,13 +318,19 @@ def test_averages_follow_with_the_momentum_of_the_step() -> None:
 # Several processes ------------------------------------------------------------------------------------------------------
 
 
-def test_a_gathered_term_equals_the_joint_batch(tmp_path: Path) -> None:
-    multiprocessing.spawn(one_process, args=(str(tmp_path),), nprocs=2)
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    place = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(one_process, args=(str(place),), nprocs=2)
+    return [torch.load(place / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_a_gathered_term_equals_the_joint_batch(two_processes: list[dict[str, Any]]) -> None:
     x, model = data()
     z = model(x)
     (joint_term(z) + (z**2).mean()).backward()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in two_processes:
         assert float(found["joint"]) == pytest.approx(float(joint_term(z)), abs=1e-12)
         for name, parameter in model.named_parameters():
             assert torch.allclose(found["gradients"][name], parameter.grad, atol=1e-12)  # type: ignore[arg-type]
@@ -332,9 +338,14 @@ def test_a_gathered_term_equals_the_joint_batch(tmp_path: Path) -> None:
         assert found["gradients"]["nowhere"] is None
 
 
+def test_a_number_is_averaged_over_the_processes_that_have_it(two_processes: list[dict[str, Any]]) -> None:
+    assert [found["means"] for found in two_processes] == [{"everywhere": 2.0, "first": 4.0, "last": 5.0}] * 2
+
+
 def test_one_process_gathers_itself() -> None:
     x = torch.ones(3)
-    assert gather(x) is x
+    assert distributed.gather(x) is x
+    assert distributed.mean(MEASURED[0], torch.device("cpu")) == MEASURED[0]
 
 
 # Schedules and settings ---------------------------------------------------------------------------------------------------

@@ -106,9 +106,22 @@ def write_tiny_dataset(
     return root
 
 
-def tiny_plan(*, dims: int = 3, channels: int = 1, name: str = "tinyPlans", dataset: str = DATASET) -> dict:
-    """A plan in nnU-Net's format with one configuration, `3d_fullres` or `2d`: three stages of 8, 16, 32 features."""
+def tiny_plan(
+    *,
+    dims: int = 3,
+    channels: int = 1,
+    name: str = "tinyPlans",
+    dataset: str = DATASET,
+    strides: Sequence[Sequence[int]] = ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+    flat: int = 1,
+) -> dict:
+    """A plan in nnU-Net's format with one configuration, `3d_fullres` or `2d`: stages of 8, 16, 32, … features.
+
+    Args:
+        strides: of each stage, (z, y, x); flat: the first stages, whose kernels see one slice.
+    """
     spacing = list(SPACING_MM)[3 - dims :]
+    stages = len(strides)
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     configuration = {
         "data_identifier": f"tiny_{dims}d",
@@ -128,13 +141,13 @@ def tiny_plan(*, dims: int = 3, channels: int = 1, name: str = "tinyPlans", data
         "architecture": {
             "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
             "arch_kwargs": {
-                "n_stages": 3,
-                "features_per_stage": [8, 16, 32],
+                "n_stages": stages,
+                "features_per_stage": [8 * 2**stage for stage in range(stages)],
                 "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
-                "kernel_sizes": [[1, 3, 3][3 - dims :], [3] * dims, [3] * dims],
-                "strides": [[1] * dims, [1, 2, 2][3 - dims :], [2] * dims],
-                "n_blocks_per_stage": [1, 1, 2],
-                "n_conv_per_stage_decoder": [1, 1],
+                "kernel_sizes": [[1 if stage < flat else 3, 3, 3][3 - dims :] for stage in range(stages)],
+                "strides": [list(stride)[3 - dims :] for stride in strides],
+                "n_blocks_per_stage": [1] * (stages - 1) + [2],
+                "n_conv_per_stage_decoder": [1] * (stages - 1),
                 "conv_bias": True,
                 "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d",
                 "norm_op_kwargs": {"eps": 1e-05, "affine": True},
