@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +14,17 @@ import torch
 from torch import nn
 
 from planners.errors import PlanError
+from pretrain import training
+from pretrain.checkpoint import load_encoder
 from pretrain.encoders import build_segmentation_network
+from pretrain.loop import pretrain
 from pretrain.method import Step
 from pretrain.methods.jigsaw import Jigsaw, JigsawConfig, JigsawSpec, permutation_count, shuffled
 from pretrain.methods.jigsaw_permutations import affine_permutations, choose_permutations, smallest_distance
 from pretrain.tiles import BatchSize, TileGrid
+from tests.stubs import PLAN, make_home
 from tests.test_tiles import tiny_target
-from tests.tiny import Array, dataset_json, tiny_plan
+from tests.tiny import DATASET, Array, dataset_json, tiny_plan
 
 STEP = Step("main", 0, 10, 0)
 
@@ -25,7 +32,7 @@ STEP = Step("main", 0, 10, 0)
 def spec_of(grid: tuple[int, ...], permutations: int = 12) -> JigsawSpec:
     dims = len(grid)
     tile_grid = TileGrid(grid, (4, 7, 7)[3 - dims :], (3, 6, 6)[3 - dims :], (4, 8, 8)[3 - dims :])
-    return JigsawSpec(tile_grid, BatchSize(2, 1, 100), permutations, 2)
+    return JigsawSpec(tile_grid, BatchSize(2, 1, 100), permutations, "greedy", 2)
 
 
 def tiny_model(grid: tuple[int, ...] = (2, 2, 2), channels: int = 1, permutations: int = 12) -> Jigsaw:
@@ -103,13 +110,6 @@ def test_the_same_seed_gives_the_same_permutations() -> None:
         first, second, other = (choose_permutations(9, 20, choice, seed) for seed in (0, 0, 1))
         assert np.array_equal(first, second)
         assert not np.array_equal(first, other)
-
-
-def test_a_run_that_goes_on_keeps_its_permutations() -> None:
-    begun, anew = tiny_model(), tiny_model()
-    begun.permutations.copy_(begun.permutations.flip(0))
-    anew.load_state_dict(begun.state_dict())
-    assert torch.equal(anew.permutations, begun.permutations)
 
 
 def test_how_many_permutations() -> None:
@@ -251,3 +251,39 @@ def test_the_picture_shows_the_puzzle_and_its_solution(grid: tuple[int, ...]) ->
     titles = [axis.get_title() for axis in model.picture(batch_of(model)).axes]
     assert titles.count("what it gets") == titles.count("as it was") == 2
     assert sum("for the true order" in title for title in titles) == 2
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, **settings: Any) -> Path:
+    own = {f"jigsaw.{key}": value for key, value in {"steps": 4, "volumes": 1, **settings}.items()}
+    return pretrain(DATASET, method="jigsaw", plan=PLAN, device="cpu", workers=0, run=name, settings=own)
+
+
+def test_a_run_that_goes_on_keeps_its_permutations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the code would choose others by then."""
+    make_home(tmp_path)
+    straight = run("straight")
+    with monkeypatch.context() as patch:
+        asked: list[int] = []
+        second = contextlib.nullcontext(lambda: asked.append(1) or (15 if len(asked) == 2 else 0))
+        patch.setattr(training, "stop_signal", lambda: second)
+        with pytest.raises(SystemExit):
+            run("parts")
+    monkeypatch.setattr(
+        "pretrain.methods.jigsaw.choose_permutations", lambda *given: choose_permutations(*given, seed=1)
+    )
+    parts = run("parts")
+    first, other = (torch.load(f / "state.pt", weights_only=True)["method"] for f in (straight, parts))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+    assert not torch.equal(tiny_model().permutations, first["permutations"])
+
+
+def test_an_encoder_says_from_which_orders_it_learned(tmp_path: Path) -> None:
+    make_home(tmp_path)
+    cards = [load_encoder(run(choice, steps=1, choice=choice))[1] for choice in ("greedy", "affine")]
+    for card, choice in zip(cards, ("greedy", "affine"), strict=True):
+        views = card.task["views"]
+        assert (views["grid"]["grid"], views["permutations"], views["choice"]) == ([2, 2, 2], 12, choice)
+        assert card.task["chance"] == {"acc": 1 / 12}

@@ -95,6 +95,7 @@ class JigsawSpec:
     grid: TileGrid
     batch: BatchSize
     permutations: int
+    choice: Literal["greedy", "affine"]
     puzzles: int
 
 
@@ -123,7 +124,8 @@ class Jigsaw(PretrainMethod):
         check_pool(grid, pool)
         count = config.permutations or permutation_count(grid.tiles, len(pool), config.choice)
         _check_permutations(grid, count, config.choice)
-        spec = JigsawSpec(grid, batch_size(target, grid, grid.tiles, config.volumes), count, config.puzzles)
+        batch = batch_size(target, grid, grid.tiles, config.volumes)
+        spec = JigsawSpec(grid, batch, count, config.choice, config.puzzles)
         logger.info(
             "The jigsaw has %d orders (chance %.3f) of %s; %d puzzles from each region; %s",
             count,
@@ -171,7 +173,7 @@ class Jigsaw(PretrainMethod):
         self.embedding = nn.Linear(tile_features(self.encoder, spec.grid), config.embedding)
         self.head = classifier(spec.grid.tiles * config.embedding, config.hidden, spec.permutations, config.dropout)
         # A buffer: a run that goes on has the orders it began with.
-        chosen = choose_permutations(spec.grid.tiles, spec.permutations, config.choice)
+        chosen = choose_permutations(spec.grid.tiles, spec.permutations, spec.choice)
         self.register_buffer("permutations", torch.from_numpy(chosen))
         logger.info("Any two orders differ at %d of %d places or more", smallest_distance(chosen), spec.grid.tiles)
 
