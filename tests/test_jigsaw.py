@@ -21,9 +21,10 @@ from pretrain.loop import pretrain
 from pretrain.method import Step
 from pretrain.methods.jigsaw import Jigsaw, JigsawConfig, JigsawSpec, permutation_count, shuffled
 from pretrain.methods.jigsaw_permutations import affine_permutations, choose_permutations, smallest_distance
+from pretrain.methods.rotation import wake_residual_branches
 from pretrain.tiles import BatchSize, TileGrid
 from tests.stubs import PLAN, make_home
-from tests.test_tiles import tiny_target
+from tests.test_tiles import assert_the_encoder_learns, scans_of, thick_target, tiny_target
 from tests.tiny import DATASET, Array, dataset_json, tiny_plan
 
 STEP = Step("main", 0, 10, 0)
@@ -179,6 +180,17 @@ def test_a_region_with_too_much_air_does_not_count() -> None:
     terms["loss"].backward()
 
 
+def test_a_region_of_air_is_drawn_again() -> None:
+    """Most draws hit the half of the scan that is air: ten of them hardly ever find no other."""
+    scan = textured()
+    voxels = np.concatenate([np.full_like(scan.voxels, scan.voxels.min()), scan.voxels, textured(seed=1).voxels], 2)
+    shown = [
+        Jigsaw.sample(spec_of((3, 3, 3)), Array(voxels), None, np.random.default_rng(seed))["valid"]  # type: ignore[arg-type]
+        for seed in range(40)
+    ]
+    assert np.mean(shown) > 0.9
+
+
 @pytest.mark.parametrize(("air_tiles", "valid"), [(4, True), (5, False)])
 def test_four_of_27_tiles_may_be_air(air_tiles: int, valid: bool) -> None:
     spec = spec_of((3, 3, 3))
@@ -194,12 +206,10 @@ def test_four_of_27_tiles_may_be_air(air_tiles: int, valid: bool) -> None:
 @pytest.mark.parametrize("grid", [(2, 2, 2), (1, 3, 3), (3, 3)])
 def test_every_encoder_parameter_learns(grid: tuple[int, ...], channels: int) -> None:
     model = tiny_model(grid, channels)
-    for parameter in model.encoder.parameters():
-        if not parameter.any() and parameter.ndim == 1:  # nnU-Net begins with residual branches that give nothing
-            nn.init.ones_(parameter)
-    model.loss(batch_of(model, channels), STEP)["loss"].backward()
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in kernels)
+    wake_residual_branches(model.encoder)  # which give nothing at first, and their kernels no gradient
+    assert_the_encoder_learns(model, model.loss(batch_of(model, channels), STEP)["loss"])
+    heads = [p for p in model.parameters() if p.ndim > 1]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------
@@ -213,6 +223,22 @@ def test_thin_scans_have_fewer_levels(depth: int, grid: tuple[int, ...], permuta
     pool = [Array(np.zeros((1, depth, 40, 40))).info]
     spec = Jigsaw.plan(tiny_target(), pool, JigsawConfig())
     assert (spec.grid.grid, spec.permutations) == (grid, permutations)
+
+
+@pytest.mark.parametrize(
+    ("scan", "grid", "native", "size", "permutations"),
+    [
+        ((20, 320, 256), (3, 3, 3), (4, 72, 72), (8, 128, 128), 100),  # the specification's
+        ((12, 320, 256), (2, 3, 3), (4, 72, 72), (8, 128, 128), 100),
+        ((20, 320, 60), (3, 3, 1), (5, 80, 60), (8, 128, 128), 64),
+    ],
+)
+def test_the_specifications_thick_slices(
+    scan: tuple, grid: tuple, native: tuple, size: tuple, permutations: int
+) -> None:
+    spec = Jigsaw.plan(thick_target(), scans_of(*scan), JigsawConfig())
+    assert (spec.grid.grid, spec.grid.native, spec.grid.size) == (grid, native, size)
+    assert spec.permutations == permutations
 
 
 def test_a_plan_of_two_dimensions() -> None:
