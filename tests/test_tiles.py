@@ -342,6 +342,18 @@ def test_as_many_tiles_as_the_plan_leaves_memory_for() -> None:
     assert batch_size(target, TileGrid((3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3), 1, None).volumes == 64
 
 
+def test_norms_that_start_at_zero_learn_from_the_first_step() -> None:
+    """nnU-Net begins with residual branches that give nothing: their kernels have to wait for them, and nothing else."""
+    torch.manual_seed(0)
+    encoder = encoder_of(build_segmentation_network(tiny_plan(), "3d_fullres", dataset_json()))
+    vectors = encode_tiles(encoder, torch.randn(2, 5, 1, 4, 8, 8), 100)
+    (vectors * torch.randn_like(vectors)).sum().backward()
+    norms = [module.weight for module in encoder.modules() if isinstance(module, torch.nn.InstanceNorm3d)]
+    sleeping = [weight for weight in norms if not weight.any()]
+    assert 0 < len(sleeping) < len(norms)
+    assert all(torch.isfinite(weight.grad).all() and weight.grad.abs().sum() > 0 for weight in sleeping)
+
+
 def test_encoding_in_parts_gives_the_same_vectors_and_gradients() -> None:
     torch.manual_seed(0)
     encoder = encoder_of(build_segmentation_network(tiny_plan(), "3d_fullres", dataset_json()))

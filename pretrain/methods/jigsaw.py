@@ -34,6 +34,7 @@ from pretrain.methods.jigsaw_permutations import (
     most_permutations,
     smallest_distance,
 )
+from pretrain.schedule import Schedule
 from pretrain.tiles import (
     AIR_SHARE,
     BatchSize,
@@ -58,11 +59,9 @@ _OF_FEW_TILES = {4: 12, 8: 50, 9: 64}  # more would lie closer together
 
 
 @dataclass(frozen=True)
-class JigsawConfig:
+class JigsawConfig(Schedule):
     """What `--set jigsaw.NAME=VALUE` can change."""
 
-    steps: Annotated[int, Field(ge=1)] = 50_000
-    """Optimiser steps; the schedule ends with them."""
     tiles: Annotated[int, Field(ge=2, le=4)] = 3
     """Tiles along each axis; in 3D one axis may have too few voxels for as many and gets fewer."""
     permutations: Annotated[int, Field(ge=2)] | None = None
@@ -80,12 +79,6 @@ class JigsawConfig:
     """Width of the layer that sees all tiles."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Of that layer."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Highest rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Of AdamW."""
-    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the rate rises; after it a cosine to zero."""
 
 
 @dataclass(frozen=True)
@@ -178,16 +171,7 @@ class Jigsaw(PretrainMethod):
         logger.info("Any two orders differ at %d of %d places or more", smallest_distance(chosen), spec.grid.tiles)
 
     def stages(self) -> Sequence[Stage]:
-        config = self.config
-        return [
-            Stage(
-                "main",
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                warm_up=config.warm_up,
-                accumulate=self.spec.batch.accumulate,
-            )
-        ]
+        return [self.config.stage(self.spec.batch.accumulate)]
 
     def answers(self, batch: Batch) -> Tensor:
         """Logits (volumes, puzzles, classes). Tiles are encoded before they are shuffled: each is encoded alone, so it comes

@@ -28,6 +28,7 @@ from pretrain.crops import best_of, is_air, other_scanner, volume_or_plane
 from pretrain.encoders import encoder_of
 from pretrain.heads import classifier, last_stage
 from pretrain.method import Batch, Export, PretrainMethod, Stage, Step, Target, Terms
+from pretrain.schedule import Schedule
 from pretrain.turns import TurnableCrop, turnable_crop
 from pretrain.volumes import CaseInfo, Volume
 
@@ -37,11 +38,9 @@ _FEWEST_CROPS = 4  # of a step
 
 
 @dataclass(frozen=True)
-class RotationConfig:
+class RotationConfig(Schedule):
     """What `--set rotation.NAME=VALUE` can change."""
 
-    steps: Annotated[int, Field(ge=1)] = 50_000
-    """Optimiser steps; the schedule ends with them."""
     crops: Annotated[int, Field(ge=1)] | None = None
     """Crops of a batch; none: as many as the plan's batch has, and two batches or more a step where that is less than 4."""
     turns_per_crop: Annotated[int, Field(ge=1, le=4)] = 1
@@ -52,12 +51,6 @@ class RotationConfig:
     """Of that layer."""
     intensity: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability of another contrast, brightness and noise for a crop, before it is turned."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Highest rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Of AdamW."""
-    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the rate rises; after it a cosine to zero."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient."""
 
@@ -162,17 +155,7 @@ class Rotation(PretrainMethod):
         self.head = classifier(self.encoder.output_channels[-1], config.hidden, len(spec.crop.turns), config.dropout)
 
     def stages(self) -> Sequence[Stage]:
-        config = self.config
-        return [
-            Stage(
-                "main",
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                warm_up=config.warm_up,
-                clip_norm=config.clip_norm,
-                accumulate=self.spec.accumulate,
-            )
-        ]
+        return [self.config.stage(self.spec.accumulate, self.config.clip_norm)]
 
     def answers(self, crops: Tensor) -> Tensor:
         """Logits (N, turns) of crops (N, channels, *size)."""
