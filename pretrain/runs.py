@@ -218,6 +218,7 @@ def describe_encoder(
 
 
 def _numpy_to_plain(value: Any) -> Any:
+    """Of numbers and arrays; anything else ends the run before its first step."""
     return value.tolist()
 
 
