@@ -66,8 +66,8 @@ class EncoderCard:
     licence: str
     citation: str
     task: dict[str, Any] = field(default_factory=dict)
-    """`views`: what the method's `plan` decided (grid, classes, sizes); `chance`: what guessing reaches. Encoders from
-    before this was written have none."""
+    """`views`: what the method's `plan` decided (grid, classes, sizes); `chance`: what guessing reaches. Empty in
+    encoders of older versions."""
 
     @classmethod
     def from_json(cls, content: Any) -> EncoderCard:
