@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,9 @@ class EncoderCard:
     """Fold whose validation cases were left out."""
     licence: str
     citation: str
+    task: dict[str, Any] = field(default_factory=dict)
+    """`views`: what the method's `plan` decided (grid, classes, sizes); `chance`: what guessing reaches. Empty in
+    encoders of older versions."""
 
     @classmethod
     def from_json(cls, content: Any) -> EncoderCard:

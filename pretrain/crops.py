@@ -17,6 +17,8 @@ LINEAR = {2: "bilinear", 3: "trilinear"}
 _AIR_LEVEL = 0.02  # of the scan's range of intensities, around its lowest
 _LEAST_SHOWN = 0.1
 _FLAT = 0.05  # of the scan's standard deviation
+_OUTSIDE = 1e-3  # of it, around 0
+_GAIN, _OFFSET, _NOISE = (0.8, 1.25), 0.1, 0.05
 
 
 def volume_or_plane(case: Volume, dims: int, rng: np.random.Generator) -> Volume | Plane:
@@ -54,16 +56,20 @@ def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 def share_shown(crop: np.ndarray, info: CaseInfo) -> float:
-    """Share of a crop (channels, *space) that is not at the scan's lowest level; 0 for a flat one, which shows nothing."""
+    """Share of a crop (channels, *space) that is neither at the scan's lowest level nor left out of its normalisation; 0 for a
+    flat one, which shows nothing."""
     mean = crop.mean(0)
     if mean.std() <= _FLAT * info.intensity_std:
         return 0.0
     low, high = info.intensity_range
-    return float((np.abs(mean - low) > _AIR_LEVEL * (high - low)).mean())
+    lowest = np.abs(mean - low) <= _AIR_LEVEL * (high - low)
+    # Where only the inside of a mask is normalised, the outside is 0, which lies among the tissues. Else 0 is rare.
+    outside = np.abs(mean) <= _OUTSIDE * info.intensity_std
+    return 1 - float((lowest | outside).mean())
 
 
 def is_air(crop: np.ndarray, info: CaseInfo) -> bool:
-    """Whether a crop (channels, *space) shows next to nothing: nearly all of it at the scan's lowest level, or flat."""
+    """Whether a crop (channels, *space) shows next to nothing: nearly all of it background, or flat."""
     return share_shown(crop, info) < _LEAST_SHOWN
 
 
@@ -109,6 +115,15 @@ def turned(crop: np.ndarray, rng: np.random.Generator, probability: float, spaci
     if not exchangeable or rng.random() >= probability:
         return crop
     return np.rot90(crop, int(rng.integers(1, 4)), axes=(-2, -1))
+
+
+def other_scanner(image: np.ndarray, mean: np.ndarray, spread: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Another gain (0.8 to 1.25, around `mean`), offset (up to a tenth of `spread`) and noise (up to a twentieth) for each
+    channel of each image (…, channels, *space), whose mean and spread are (…, channels, 1, …)."""
+    gain = rng.uniform(*_GAIN, mean.shape).astype(np.float32)
+    offset = rng.uniform(-_OFFSET, _OFFSET, mean.shape).astype(np.float32)
+    noise = rng.uniform(0, _NOISE, mean.shape).astype(np.float32) * rng.standard_normal(image.shape, np.float32)
+    return mean + (image - mean) * gain + spread * (offset + noise)
 
 
 def shifted(crop: np.ndarray, rng: np.random.Generator, probability: float, most: np.ndarray) -> np.ndarray:

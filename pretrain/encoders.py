@@ -54,7 +54,12 @@ def encoder_of(network: nn.Module) -> Any:
     """The submodule that turns an image (B, C, *spatial) into skips: a list of (B, F_s, *spatial_s), finest first."""
     encoder = getattr(network, "encoder", None)
     if not isinstance(encoder, nn.Module):
-        raise PlanError(f"The network {type(network).__name__} has no encoder that can be pretrained")
+        raise PlanError(
+            "The network has no encoder that can be pretrained",
+            found=type(network).__name__,
+            expected="a network with a part `encoder` that gives the features of each stage, such as ResidualEncoderUNet",
+            remedy="choose another configuration with -c",
+        )
     return encoder
 
 

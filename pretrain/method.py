@@ -152,6 +152,8 @@ class PretrainMethod(nn.Module, ABC):
     def plan(cls, target: Target, pool: Sequence[CaseInfo], config: Any) -> Any:
         """Decide sizes, classes and batch: the method's own frozen dataclass, which is pickled to the workers.
 
+        It is written into `encoder.json`, which is shared: plain values, all that makes the task, no names of cases, no paths.
+
         Raises PlanError with the remedy when the method cannot work on these cases.
         """
 

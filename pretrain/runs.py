@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 
 from planners.anisotropy import degree_of_anisotropy
 from planners.dataset import Dataset
@@ -175,6 +176,7 @@ def describe_encoder(
     dataset: Dataset,
     target: Target,
     method: PretrainMethod,
+    spec: Any,
     learn: Pool,
     held_out: Pool,
     *,
@@ -211,7 +213,13 @@ def describe_encoder(
         excluded_fold=options.exclude_fold,
         licence=licence,
         citation=method.citation,
+        task={"views": to_jsonable_python(spec, fallback=_numpy_to_plain), "chance": dict(chance)},
     )
+
+
+def _numpy_to_plain(value: Any) -> Any:
+    """Of numbers and arrays; anything else ends the run before its first step."""
+    return value.tolist()
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,17 +44,18 @@ def configure(config: type[T], prefix: str, *layers: Mapping[str, Any]) -> T:
 
 
 def describe(config: type) -> dict[str, str]:
-    """Name of each field of a settings dataclass → the docstring that follows it in the source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
+    """Name of each field of a settings dataclass, those of its bases first → the docstring that follows it in the source."""
     texts = {}
-    for definition, following in itertools.pairwise(body):
-        if (
-            isinstance(definition, ast.AnnAssign)
-            and isinstance(definition.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            texts[definition.target.id] = " ".join(str(following.value.value).split())
+    for part in reversed([part for part in config.__mro__ if dataclasses.is_dataclass(part)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
+        for definition, following in itertools.pairwise(body):
+            if (
+                isinstance(definition, ast.AnnAssign)
+                and isinstance(definition.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                texts[definition.target.id] = " ".join(str(following.value.value).split())
     return texts
 
 

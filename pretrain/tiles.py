@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from planners.decisions import times
 from planners.errors import PlanError
-from pretrain.crops import is_air, resize, window_start
+from pretrain.crops import is_air, other_scanner, resize, window_start
 from pretrain.method import Target
 from pretrain.volumes import CaseInfo, Plane, Volume
 
@@ -39,7 +39,6 @@ _MOST_SMALL = 0.2  # of the scans may be too small
 _MEMORY = 1.5  # encoding needs less than segmenting: voxels of a batch, in batches of the plan
 _BATCH = (4, 64)  # grids for one optimiser step
 _LEAST_SPREAD = 1e-3  # of the scan's standard deviation
-_GAIN, _OFFSET, _NOISE = (0.8, 1.25), 0.1, 0.05
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,9 @@ def choose_grid(
     asked, grid = grid, list(grid)
     given_up: int | None = None
     while True:
-        wanted = [math.ceil(n * _FEW * r / _FILL) for n, r in zip(grid, stride, strict=True)]
+        # The first term is the specification's. Cells are then rounded down, so that a tile may lack a voxel: few for a deep
+        # network, but one of two on an axis that is never halved, for which all axes would be enlarged twofold.
+        wanted = [max(math.ceil(n * _FEW * r / _FILL), n * (_FEW * r + 1)) for n, r in zip(grid, stride, strict=True)]
         cell = [min(v, w) // n for v, w, n in zip(shape, wanted, grid, strict=True)]
         largest = [int(_FILL * c) for c in cell]
         needs = [_FEW * r / max(t, 0.1) if n > 1 else 1.0 for n, r, t in zip(grid, stride, largest, strict=True)]
@@ -266,15 +267,11 @@ def finish_tiles(
     """
     views = np.stack([resize(tile, grid.size) for tile in tiles])
     axes = tuple(range(2, views.ndim))
-    views -= views.mean(axes, keepdims=True)
-    views /= np.maximum(views.std(axes, keepdims=True), _LEAST_SPREAD * info.intensity_std + np.finfo(np.float32).tiny)
-    if rng is None:
-        return views
-    each = (*views.shape[:2], *[1] * len(axes))
-    views *= rng.uniform(*_GAIN, each).astype(np.float32)
-    views += rng.uniform(-_OFFSET, _OFFSET, each).astype(np.float32)
-    views += rng.uniform(0, _NOISE, each).astype(np.float32) * rng.standard_normal(views.shape, np.float32)
-    return views
+    mean, spread = views.mean(axes, keepdims=True), views.std(axes, keepdims=True)
+    spread = np.maximum(spread, np.float32(_LEAST_SPREAD * info.intensity_std) + np.finfo(np.float32).tiny)
+    if rng is not None:
+        views = other_scanner(views, mean, spread, rng)
+    return (views - mean) / spread
 
 
 def tile_features(encoder: Any, grid: TileGrid) -> int:

@@ -280,6 +280,7 @@ def card_of(run: Run) -> EncoderCard:
         run.home,
         run.target,
         run.method,
+        run.spec,
         run.learn,
         run.held_out,
         steps_done=run.step,

@@ -25,6 +25,7 @@ def tiny_card(plan: dict, **changes) -> EncoderCard:
         "steps_done": 10, "steps_asked": 10, "metrics": {"placement": {"value": 0.5, "chance": 0.25}},
         "cases": [f"{DATASET}/case_{index:02d}" for index in range(5)], "held_out": [f"{DATASET}/case_05"],
         "excluded_fold": None, "licence": "CC-BY-4.0", "citation": "Wu et al. 2024",
+        "task": {"views": {"layout": {"grid": [1, 2, 3]}, "shift": 0.5}, "chance": {"placement": 0.25}},
     }  # fmt: skip
     return EncoderCard(**{**values, **changes})
 

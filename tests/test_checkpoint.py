@@ -27,6 +27,7 @@ def card(**changes) -> EncoderCard:
         spacing=[2.5, 1.1, 1.0], patch_size=[8, 24, 20], DA=1, channels=["MR0"], intensity=["zscore"], steps_done=10,
         steps_asked=10, metrics={"placement": {"value": 0.5, "chance": 0.25}}, cases=[f"{DATASET}/case_00"],
         held_out=[], excluded_fold=None, licence="Apache-2.0", citation="arXiv:2402.17300",
+        task={"views": {"grid": [1, 2, 3]}, "chance": {"acc": 0.25}},
     )  # fmt: skip
     return dataclasses.replace(values, **changes)
 
@@ -56,6 +57,12 @@ def test_missing_fields_are_listed_together(tmp_path):
     with pytest.raises(DatasetError, match=r"method.*scope|scope.*method"):
         EncoderCard.from_json(content)
     assert EncoderCard.from_json(json.loads(json.dumps(card().to_json()))) == card()
+
+
+def test_an_encoder_from_before_tasks_were_written_is_still_read():
+    content = card().to_json()
+    del content["task"]
+    assert EncoderCard.from_json(content) == card(task={})
 
 
 def test_broken_weights_are_named(tmp_path):

@@ -8,14 +8,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from planners.errors import PlanError
 from pretrain.encoders import build_segmentation_network
 from pretrain.method import Step
 from pretrain.methods.cpc import CPC, CPCConfig, CPCSpec, choose_row_axis, context_sequences, row_loss
+from pretrain.methods.rotation import wake_residual_branches
 from pretrain.tiles import BatchSize, TileGrid
-from tests.test_tiles import coordinates, starts_of, tiny_target
+from tests.test_tiles import (
+    assert_the_encoder_learns,
+    coordinates,
+    scans_of,
+    starts_of,
+    thick_target,
+    tiny_target,
+)
 from tests.tiny import Array, dataset_json, tiny_plan
 
 STEP = Step("main", 0, 10, 0)
@@ -219,6 +226,21 @@ def test_rows_lie_where_the_scan_is_longest_and_never_across_thick_slices(
     assert choose_row_axis(shape, stride, spacing) == axis
 
 
+@pytest.mark.parametrize(
+    ("rows", "scan", "grid", "native", "zoom"),
+    [
+        (3, (20, 320, 256), (3, 3, 3), (4, 72, 72), 1.78),  # the specification's
+        (4, (20, 320, 256), (3, 4, 3), (4, 68, 68), 1.88),
+        (4, (12, 320, 256), (1, 4, 3), (12, 68, 68), 1.88),
+    ],
+)
+def test_the_specifications_thick_slices(rows: int, scan: tuple, grid: tuple, native: tuple, zoom: float) -> None:
+    spec = CPC.plan(thick_target(), scans_of(*scan), CPCConfig(rows=rows))
+    assert (spec.grid.grid, spec.grid.native, spec.row_axis) == (grid, native, 1)
+    assert spec.grid.size == ((8, 128, 128) if grid[0] == 3 else (12, 128, 128))
+    assert spec.grid.size[1] / spec.grid.native[1] == pytest.approx(zoom, abs=0.005)
+
+
 def test_plans_of_three_and_two_dimensions() -> None:
     pool = [Array(np.zeros((1, 13, 30, 24)), f"v{i}").info for i in range(3)]
     spec = CPC.plan(tiny_target(), pool, CPCConfig())
@@ -238,12 +260,10 @@ def test_plans_of_three_and_two_dimensions() -> None:
 @pytest.mark.parametrize(("dims", "levels"), [(3, 3), (3, 1), (2, 1)])
 def test_every_encoder_parameter_learns(dims: int, levels: int, channels: int) -> None:
     model = tiny_model(dims, channels, row_axis=0 if dims == 2 else 1, levels=levels)
-    for parameter in model.encoder.parameters():
-        if not parameter.any() and parameter.ndim == 1:  # nnU-Net begins with residual branches that give nothing
-            nn.init.ones_(parameter)
-    model.loss(batch_of(model, channels), STEP)["loss"].backward()
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in kernels)
+    wake_residual_branches(model.encoder)  # which give nothing at first, and their kernels no gradient
+    assert_the_encoder_learns(model, model.loss(batch_of(model, channels), STEP)["loss"])
+    heads = [p for p in model.parameters() if p.ndim > 1]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
 
 
 def test_tiles_of_other_processes_are_candidates_too() -> None:

@@ -23,5 +23,5 @@ def test_the_description_agrees_with_the_skips(dims):
 
 
 def test_a_network_without_an_encoder_is_named():
-    with pytest.raises(PlanError, match="Linear"):
+    with pytest.raises(PlanError, match=r"found\s+Linear\n\s+expected\s+a network with .*\n\s+to fix\s+choose"):
         encoder_of(torch.nn.Linear(2, 2))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +14,18 @@ import torch
 from torch import nn
 
 from planners.errors import PlanError
+from pretrain import training
+from pretrain.checkpoint import load_encoder
 from pretrain.encoders import build_segmentation_network
+from pretrain.loop import pretrain
 from pretrain.method import Step
 from pretrain.methods.jigsaw import Jigsaw, JigsawConfig, JigsawSpec, permutation_count, shuffled
 from pretrain.methods.jigsaw_permutations import affine_permutations, choose_permutations, smallest_distance
+from pretrain.methods.rotation import wake_residual_branches
 from pretrain.tiles import BatchSize, TileGrid
-from tests.test_tiles import tiny_target
-from tests.tiny import Array, dataset_json, tiny_plan
+from tests.stubs import PLAN, make_home
+from tests.test_tiles import assert_the_encoder_learns, scans_of, thick_target, tiny_target
+from tests.tiny import DATASET, Array, dataset_json, tiny_plan
 
 STEP = Step("main", 0, 10, 0)
 
@@ -25,7 +33,7 @@ STEP = Step("main", 0, 10, 0)
 def spec_of(grid: tuple[int, ...], permutations: int = 12) -> JigsawSpec:
     dims = len(grid)
     tile_grid = TileGrid(grid, (4, 7, 7)[3 - dims :], (3, 6, 6)[3 - dims :], (4, 8, 8)[3 - dims :])
-    return JigsawSpec(tile_grid, BatchSize(2, 1, 100), permutations, 2)
+    return JigsawSpec(tile_grid, BatchSize(2, 1, 100), permutations, "greedy", 2)
 
 
 def tiny_model(grid: tuple[int, ...] = (2, 2, 2), channels: int = 1, permutations: int = 12) -> Jigsaw:
@@ -105,13 +113,6 @@ def test_the_same_seed_gives_the_same_permutations() -> None:
         assert not np.array_equal(first, other)
 
 
-def test_a_run_that_goes_on_keeps_its_permutations() -> None:
-    begun, anew = tiny_model(), tiny_model()
-    begun.permutations.copy_(begun.permutations.flip(0))
-    anew.load_state_dict(begun.state_dict())
-    assert torch.equal(anew.permutations, begun.permutations)
-
-
 def test_how_many_permutations() -> None:
     assert [permutation_count(tiles, 20, "greedy") for tiles in (27, 18, 9, 8, 4)] == [100, 100, 64, 50, 12]
     assert [permutation_count(tiles, 1000, "greedy") for tiles in (27, 18, 9)] == [1000, 1000, 64]
@@ -179,6 +180,17 @@ def test_a_region_with_too_much_air_does_not_count() -> None:
     terms["loss"].backward()
 
 
+def test_a_region_of_air_is_drawn_again() -> None:
+    """Most draws hit the half of the scan that is air: ten of them hardly ever find no other."""
+    scan = textured()
+    voxels = np.concatenate([np.full_like(scan.voxels, scan.voxels.min()), scan.voxels, textured(seed=1).voxels], 2)
+    shown = [
+        Jigsaw.sample(spec_of((3, 3, 3)), Array(voxels), None, np.random.default_rng(seed))["valid"]  # type: ignore[arg-type]
+        for seed in range(40)
+    ]
+    assert np.mean(shown) > 0.9
+
+
 @pytest.mark.parametrize(("air_tiles", "valid"), [(4, True), (5, False)])
 def test_four_of_27_tiles_may_be_air(air_tiles: int, valid: bool) -> None:
     spec = spec_of((3, 3, 3))
@@ -194,12 +206,10 @@ def test_four_of_27_tiles_may_be_air(air_tiles: int, valid: bool) -> None:
 @pytest.mark.parametrize("grid", [(2, 2, 2), (1, 3, 3), (3, 3)])
 def test_every_encoder_parameter_learns(grid: tuple[int, ...], channels: int) -> None:
     model = tiny_model(grid, channels)
-    for parameter in model.encoder.parameters():
-        if not parameter.any() and parameter.ndim == 1:  # nnU-Net begins with residual branches that give nothing
-            nn.init.ones_(parameter)
-    model.loss(batch_of(model, channels), STEP)["loss"].backward()
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in kernels)
+    wake_residual_branches(model.encoder)  # which give nothing at first, and their kernels no gradient
+    assert_the_encoder_learns(model, model.loss(batch_of(model, channels), STEP)["loss"])
+    heads = [p for p in model.parameters() if p.ndim > 1]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------
@@ -213,6 +223,22 @@ def test_thin_scans_have_fewer_levels(depth: int, grid: tuple[int, ...], permuta
     pool = [Array(np.zeros((1, depth, 40, 40))).info]
     spec = Jigsaw.plan(tiny_target(), pool, JigsawConfig())
     assert (spec.grid.grid, spec.permutations) == (grid, permutations)
+
+
+@pytest.mark.parametrize(
+    ("scan", "grid", "native", "size", "permutations"),
+    [
+        ((20, 320, 256), (3, 3, 3), (4, 72, 72), (8, 128, 128), 100),  # the specification's
+        ((12, 320, 256), (2, 3, 3), (4, 72, 72), (8, 128, 128), 100),
+        ((20, 320, 60), (3, 3, 1), (5, 80, 60), (8, 128, 128), 64),
+    ],
+)
+def test_the_specifications_thick_slices(
+    scan: tuple, grid: tuple, native: tuple, size: tuple, permutations: int
+) -> None:
+    spec = Jigsaw.plan(thick_target(), scans_of(*scan), JigsawConfig())
+    assert (spec.grid.grid, spec.grid.native, spec.grid.size) == (grid, native, size)
+    assert spec.permutations == permutations
 
 
 def test_a_plan_of_two_dimensions() -> None:
@@ -251,3 +277,39 @@ def test_the_picture_shows_the_puzzle_and_its_solution(grid: tuple[int, ...]) ->
     titles = [axis.get_title() for axis in model.picture(batch_of(model)).axes]
     assert titles.count("what it gets") == titles.count("as it was") == 2
     assert sum("for the true order" in title for title in titles) == 2
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, **settings: Any) -> Path:
+    own = {f"jigsaw.{key}": value for key, value in {"steps": 4, "volumes": 1, **settings}.items()}
+    return pretrain(DATASET, method="jigsaw", plan=PLAN, device="cpu", workers=0, run=name, settings=own)
+
+
+def test_a_run_that_goes_on_keeps_its_permutations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the code would choose others by then."""
+    make_home(tmp_path)
+    straight = run("straight")
+    with monkeypatch.context() as patch:
+        asked: list[int] = []
+        second = contextlib.nullcontext(lambda: asked.append(1) or (15 if len(asked) == 2 else 0))
+        patch.setattr(training, "stop_signal", lambda: second)
+        with pytest.raises(SystemExit):
+            run("parts")
+    monkeypatch.setattr(
+        "pretrain.methods.jigsaw.choose_permutations", lambda *given: choose_permutations(*given, seed=1)
+    )
+    parts = run("parts")
+    first, other = (torch.load(f / "state.pt", weights_only=True)["method"] for f in (straight, parts))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+    assert not torch.equal(tiny_model().permutations, first["permutations"])
+
+
+def test_an_encoder_says_from_which_orders_it_learned(tmp_path: Path) -> None:
+    make_home(tmp_path)
+    cards = [load_encoder(run(choice, steps=1, choice=choice))[1] for choice in ("greedy", "affine")]
+    for card, choice in zip(cards, ("greedy", "affine"), strict=True):
+        views = card.task["views"]
+        assert (views["grid"]["grid"], views["permutations"], views["choice"]) == ([2, 2, 2], 12, choice)
+        assert card.task["chance"] == {"acc": 1 / 12}

@@ -22,6 +22,7 @@ from pretrain.checkpoint import load_encoder
 from pretrain.method import Batch, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Terms
 from pretrain.optimise import phases, rate_factor, update_averages
 from pretrain.pools import build_pool
+from pretrain.schedule import Schedule
 from pretrain.settings import configure, describe
 from pretrain.volumes import CaseInfo, Volume
 from tests.gathering import MEASURED, data, joint_term, one_process
@@ -368,6 +369,12 @@ def test_rates_rise_and_fall() -> None:
     assert factors[55] == pytest.approx(0.5)
     assert 0 < factors[99] < 0.001
     assert rate_factor(Stage("a", warm_up=0, schedule="constant"), Step("a", 99, 100, 99)) == 1
+
+
+def test_a_schedule_is_a_stage() -> None:
+    chosen = {"learning_rate": 0.1, "weight_decay": 0.2, "warm_up": 0.3}
+    assert Schedule(steps=7, **chosen).stage(4, None) == Stage("main", **chosen, clip_norm=None, accumulate=4)
+    assert Schedule(**chosen).stage(1) == Stage("main", **chosen, clip_norm=1.0)
 
 
 def test_unknown_methods_and_settings_are_named() -> None:

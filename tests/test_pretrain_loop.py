@@ -8,10 +8,11 @@ import csv
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,10 +24,11 @@ from pretrain import training
 from pretrain.checkpoint import load_encoder
 from pretrain.encoders import build_segmentation_network, encoder_of
 from pretrain.loop import pretrain
-from pretrain.method import Batch, Export, Step, Terms
+from pretrain.method import Batch, Export, Step, Target, Terms
 from pretrain.networks import SwinUNETR
 from pretrain.transfer import transfer
-from tests.stubs import PLAN, Stub, copy_home, make_home, run_stub, use_method
+from pretrain.volumes import CaseInfo
+from tests.stubs import PLAN, Stub, StubConfig, copy_home, make_home, run_stub, use_method
 from tests.tiny import DATASET, dataset_json, tiny_plan
 
 
@@ -106,6 +108,21 @@ def test_a_run_leaves_an_encoder_that_fits_and_says_what_it_is(home: Path) -> No
     assert float(last["chance_acc"]) == pytest.approx(1 / 6)
     assert float(last["steps_per_second"]) > 0
     json.loads((folder / "settings.json").read_text())
+
+
+def test_an_encoder_says_what_was_asked_of_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In plain numbers, whatever a method plans with."""
+
+    class Planned(Stub):
+        @classmethod
+        def plan(cls, target: Target, pool: Sequence[CaseInfo], config: StubConfig) -> Any:
+            return tuple(2 * np.array(target.encoder.total_stride))
+
+        def chance(self) -> dict[str, float]:
+            return {"acc": 0.5}
+
+    use_method(monkeypatch, Planned)
+    assert load_encoder(run_stub(steps=1))[1].task == {"views": [4, 8, 8], "chance": {"acc": 0.5}}
 
 
 def test_batches_that_show_nothing_are_left_out_of_all_means(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

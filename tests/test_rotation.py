@@ -108,7 +108,7 @@ def test_a_small_batch_is_made_up_for_by_several_a_step() -> None:
     assert (spec.crops, spec.accumulate) == (2, 2)
     spec = Rotation.plan(target(), pool, RotationConfig(crops=3))
     assert (spec.crops, spec.accumulate) == (3, 1)
-    with pytest.raises(PlanError, match="not so many turns"):
+    with pytest.raises(PlanError, match=r"where\s+2d[\s\S]*at most 2: 0°, 180° yx\n\s+to fix\s+.*turns_per_crop=2"):
         stretched = Target(tiny_plan(dims=2), "2d", encoder_info(tiny_plan(dims=2), "2d", dataset_json()))
         stretched.settings["spacing"] = [1.0, 3.0]
         Rotation.plan(stretched, pool, RotationConfig(turns_per_crop=4))

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from planners.errors import PlanError
 from pretrain.encoders import build_segmentation_network
 from pretrain.method import Step
+from pretrain.methods.rotation import wake_residual_branches
 from pretrain.methods.rpl import RPL, RPLConfig, RPLSpec, neighbour_index, neighbour_offset
 from pretrain.tiles import BatchSize, TileGrid
-from tests.test_tiles import coordinates, tiny_target
+from tests.test_tiles import assert_the_encoder_learns, coordinates, scans_of, thick_target, tiny_target
 from tests.tiny import Array, dataset_json, tiny_plan
 
 STEP = Step("main", 0, 10, 0)
@@ -133,6 +135,14 @@ def test_neighbours_of_a_centre_of_air_are_not_asked_for() -> None:
     assert not RPL.sample(spec_of(CUBE), Array(voxels), None, np.random.default_rng(0))["valid"].any()  # type: ignore[arg-type]
 
 
+def test_a_region_of_air_is_drawn_again() -> None:
+    """The first half of the scan is air: ten draws hardly ever find no region with three valid questions of four."""
+    scan = textured()
+    voxels = np.concatenate([np.full_like(scan.voxels, scan.voxels.min()), scan.voxels], 2)
+    asked = [RPL.sample(spec_of(CUBE), Array(voxels), None, np.random.default_rng(i))["valid"] for i in range(40)]  # type: ignore[arg-type]
+    assert np.mean([valid.mean() >= 0.75 for valid in asked]) > 0.9
+
+
 def test_questions_that_do_not_count_change_nothing() -> None:
     model = tiny_model().eval()
     batch = batch_of(model)
@@ -156,24 +166,44 @@ def test_the_order_of_the_two_tiles_matters() -> None:
 @pytest.mark.parametrize("grid", [CUBE, FLAT, PLANE])
 def test_every_encoder_parameter_learns(grid: tuple[int, ...], channels: int) -> None:
     model = tiny_model(grid, channels)
-    for parameter in model.encoder.parameters():
-        if not parameter.any() and parameter.ndim == 1:  # nnU-Net begins with residual branches that give nothing
-            nn.init.ones_(parameter)
-    model.loss(batch_of(model, channels), STEP)["loss"].backward()
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in kernels)
+    wake_residual_branches(model.encoder)  # which give nothing at first, and their kernels no gradient
+    assert_the_encoder_learns(model, model.loss(batch_of(model, channels), STEP)["loss"])
+    heads = [p for p in model.parameters() if p.ndim > 1]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
 
 
 @pytest.mark.parametrize("dims", [3, 2])
 def test_a_plan_gives_a_grid(dims: int) -> None:
     pool = [textured(seed=i).info for i in range(3)]
     spec = RPL.plan(tiny_target(dims), pool, RPLConfig())
-    assert spec.grid.grid == (3,) * dims
+    assert (spec.grid.grid, spec.classes, spec.centre) == ((3,) * dims, 3**dims - 1, 3**dims // 2)
     assert all(
         s % r == 0 and s >= 2 * r for s, r in zip(spec.grid.size, tiny_target(dims).encoder.total_stride, strict=True)
     )
     drawn = RPL.draw(spec, pool, np.random.default_rng(0), STEP)
     assert len(drawn) == spec.batch.volumes
+
+
+@pytest.mark.parametrize(
+    ("scan", "grid", "native", "size", "zoom", "classes"),
+    [
+        ((20, 320, 256), (3, 3, 3), (4, 72, 72), (8, 128, 128), 1.78, 26),  # the specification's
+        ((12, 320, 256), (1, 3, 3), (12, 72, 72), (12, 128, 128), 1.78, 8),
+        ((20, 320, 60), (3, 3, 1), (5, 80, 60), (8, 128, 128), 1.6, 8),
+    ],
+)
+def test_the_specifications_thick_slices(
+    scan: tuple, grid: tuple, native: tuple, size: tuple, zoom: float, classes: int
+) -> None:
+    spec = RPL.plan(thick_target(), scans_of(*scan), RPLConfig())
+    assert (spec.grid.grid, spec.grid.native, spec.grid.size) == (grid, native, size)
+    assert spec.grid.size[1] / spec.grid.native[1] == pytest.approx(zoom, abs=0.005)
+    assert (spec.classes, spec.centre) == (classes, (classes + 1) // 2)
+
+
+def test_scans_that_are_too_small_on_two_axes_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"axis z[\s\S]*at least 15[\s\S]*--method rotation or exemplar"):
+        RPL.plan(thick_target(), scans_of(12, 320, 60), RPLConfig())
 
 
 def test_a_run_that_only_guesses_is_told() -> None:

@@ -127,6 +127,7 @@ def test_an_encoder_comes_back_and_trains_by_its_name(home, encoder_zip, tmp_pat
     came, came_card = load_encoder(installed)
     assert came.keys() == tensors.keys() and all(torch.equal(came[name], tensors[name]) for name in tensors)
     assert came_card.plan_hash == card.plan_hash
+    assert came_card.task == card.task != {}
     folder = autoseg.train(
         901, pretrained="voco", plan="tinyPlans", device="cpu", settings={"epochs": 1, "iterations": 1}
     )[0]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from planners.errors import PlanError
-from pretrain.crops import is_air, volume_or_plane
-from pretrain.encoders import build_segmentation_network, encoder_info, encoder_of
-from pretrain.method import Target
+from pretrain.crops import is_air, other_scanner, volume_or_plane
+from pretrain.encoders import EncoderInfo, build_segmentation_network, encoder_info, encoder_of
+from pretrain.method import PretrainMethod, Target
 from pretrain.tiles import (
     TileGrid,
     batch_size,
@@ -26,6 +26,7 @@ from pretrain.tiles import (
     tile_features,
     typical_shape,
 )
+from pretrain.volumes import CaseInfo
 from tests.tiny import Array, dataset_json, tiny_plan
 
 HIPPOCAMPUS = ((8, 8, 8), (40, 56, 40), (36, 50, 36))
@@ -36,6 +37,30 @@ def tiny_target(dims: int = 3) -> Target:
     plan = tiny_plan(dims=dims)
     configuration = "3d_fullres" if dims == 3 else "2d"
     return Target(plan, configuration, encoder_info(plan, configuration, dataset_json()))
+
+
+def thick_target() -> Target:
+    """The specification's plan of thick slices: 20×320×256 voxels of 5×0.6×0.6 mm, halved 2, 6 and 6 times."""
+    plan = tiny_plan()
+    plan["configurations"]["3d_fullres"] |= {"patch_size": [20, 320, 256], "spacing": [5.0, 0.6, 0.6]}
+    strides = ((1, 1, 1), *[(1, 2, 2)] * 4, *[(2, 2, 2)] * 2)
+    return Target(plan, "3d_fullres", EncoderInfo(1, (32, 64, 128, 256, 320, 320, 320), strides, (4, 64, 64), 3))
+
+
+def scans_of(*shape: int) -> list[CaseInfo]:
+    """What is known of three scans of `shape` voxels."""
+    info = Array(np.zeros((1, 2, 2, 2))).info
+    return [dataclasses.replace(info, id=f"scan{i}", shape=shape) for i in range(3)]
+
+
+def assert_the_encoder_learns(method: PretrainMethod, loss: torch.Tensor) -> None:
+    """Every parameter of the encoder gets a finite gradient that is not zero, but for biases that a norm takes off again."""
+    loss.backward()
+    encoder = method.export().module
+    norms = [module for module in encoder.modules() if "Norm" in type(module).__name__]
+    weights = [p for p in encoder.parameters() if p.ndim > 1] + [p for norm in norms for p in norm.parameters()]
+    assert len(norms) > 2
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in weights)
 
 
 def coordinates(shape: tuple[int, ...]) -> Array:
@@ -85,6 +110,12 @@ def test_every_tile_can_be_encoded(seed: int) -> None:
     assert found.fits(shape)
     # Enlarged at most 2.5 times, but for the rounding of what is cut.
     assert all(s / 2.5 - t <= 0.5 for s, t in zip(found.size, found.native, strict=True))
+
+
+def test_an_axis_that_is_never_halved_enlarges_no_other() -> None:
+    """Twelve thin slices: tiles of two, where the specification's cells of two voxels would hold a single one."""
+    found = choose_grid((3, 3, 3), (1, 64, 64), (7, 256, 256), (12, 512, 512))
+    assert (found.cell, found.native, found.size) == ((3, 150, 150), (2, 127, 127), (2, 128, 128))
 
 
 def test_an_axis_with_too_few_voxels_gets_one_tile() -> None:
@@ -239,6 +270,23 @@ def test_gain_offset_and_noise_differ_from_tile_to_tile() -> None:
     assert 0.015 < np.mean(noises) < max(noises) < 0.055
 
 
+def test_another_scanner_changes_each_channel_around_its_mean() -> None:
+    image = np.random.default_rng(0).normal(0, 1, (2, 40, 40, 40)) * [[[[2.0]]], [[[50.0]]]] + [
+        [[[10.0]]],
+        [[[-300.0]]],
+    ]
+    mean, spread = image.mean((1, 2, 3), keepdims=True), image.std((1, 2, 3), keepdims=True)
+    rng = np.random.default_rng(1)
+    changed = np.stack([other_scanner(image, mean, spread, rng) for _ in range(60)])
+    gain = (changed.std((2, 3, 4)) / spread.ravel()).T  # (channels, draws)
+    offset = ((changed.mean((2, 3, 4)) - mean.ravel()) / spread.ravel()).T
+    assert 0.79 < gain.min() < 0.86
+    assert 1.18 < gain.max() < 1.26
+    assert 0.08 < np.abs(offset).max() < 0.101
+    assert abs(np.corrcoef(gain)[0, 1]) < 0.4
+    assert abs(np.corrcoef(offset)[0, 1]) < 0.4
+
+
 def test_air() -> None:
     rng = np.random.default_rng(0)
     voxels = np.where(np.arange(40) < 20, 0, 100)[None, None] + rng.normal(0, 0.5, (1, 40, 40))
@@ -248,6 +296,16 @@ def test_air() -> None:
     assert not is_air(voxels[:, :, :24], info)
     assert is_air(np.full((1, 8, 8), 60.0), info)  # flat
     assert is_air(np.zeros((1, 8, 8)), Array(np.zeros((1, 8, 8))).info)
+
+
+def test_air_outside_a_mask_is_air_although_it_is_not_the_lowest() -> None:
+    """Z-scores inside a mask, 0 outside (`use_mask_for_norm`): flat tiles, and those with less than a tenth of tissue."""
+    voxels = np.random.default_rng(0).normal(0, 1, (1, 10, 10, 60))
+    voxels[..., :30] = 0
+    info = Array(voxels).info
+    assert info.intensity_range[0] < -1
+    tissue = [is_air(voxels[..., first : first + 25], info) for first in (5, 7, 8, 30)]
+    assert tissue == [True, True, False, False]  # 0, 2, 3 and 25 of 25 columns
 
 
 # Pools and batches ----------------------------------------------------------------------------------------------------
@@ -282,6 +340,18 @@ def test_as_many_tiles_as_the_plan_leaves_memory_for() -> None:
     assert batch_size(target, grid, encoded=27, volumes=None, least=2).accumulate == 2
     assert batch_size(target, grid, encoded=27, volumes=3).volumes == 3
     assert batch_size(target, TileGrid((3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3), 1, None).volumes == 64
+
+
+def test_norms_that_start_at_zero_learn_from_the_first_step() -> None:
+    """nnU-Net begins with residual branches that give nothing: their kernels have to wait for them, and nothing else."""
+    torch.manual_seed(0)
+    encoder = encoder_of(build_segmentation_network(tiny_plan(), "3d_fullres", dataset_json()))
+    vectors = encode_tiles(encoder, torch.randn(2, 5, 1, 4, 8, 8), 100)
+    (vectors * torch.randn_like(vectors)).sum().backward()
+    norms = [module.weight for module in encoder.modules() if isinstance(module, torch.nn.InstanceNorm3d)]
+    sleeping = [weight for weight in norms if not weight.any()]
+    assert 0 < len(sleeping) < len(norms)
+    assert all(torch.isfinite(weight.grad).all() and weight.grad.abs().sum() > 0 for weight in sleeping)
 
 
 def test_encoding_in_parts_gives_the_same_vectors_and_gradients() -> None:

@@ -84,7 +84,7 @@ def make(name: str, seed: int) -> tuple[PretrainMethod, int]:
         spec = RPLSpec(tiles((3, 3, 3), (11, 15, 11)), BatchSize(4, 1, 10_000), 4)
         return RPL(network(seed), spec, RPLConfig(**RPL.presets["cpu"])), 4
     if name == "jigsaw":
-        puzzle = JigsawSpec(tiles((2, 2, 2), (12, 12, 12)), BatchSize(8, 1, 10_000), 12, 2)
+        puzzle = JigsawSpec(tiles((2, 2, 2), (12, 12, 12)), BatchSize(8, 1, 10_000), 12, "greedy", 2)
         return Jigsaw(network(seed), puzzle, JigsawConfig(**Jigsaw.presets["cpu"])), 8
     rows = CPCSpec(tiles((3, 4, 3), (11, 11, 11)), BatchSize(2, 1, 10_000), 1)
     return CPC(network(seed), rows, CPCConfig(**CPC.presets["cpu"])), 2

@@ -2,10 +2,13 @@
 
 import copy
 import csv
+import itertools
 import json
 import os
 import signal
 import threading
+import time
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -173,12 +176,15 @@ def test_a_signal_during_the_last_validation_loses_nothing(tiny, monkeypatch):
     assert len((fold / "progress.csv").read_text().splitlines()) == 1 + 3
 
 
-def test_a_time_limit_ends_training_with_the_rate_at_zero(tiny, caplog):
+def test_a_time_limit_ends_training_with_the_rate_at_zero(tiny, monkeypatch, caplog):
+    """Each iteration and each validation take a sixteenth of the second there is: two epochs of six, and four of the third."""
+    clock = itertools.count(step=1 / 16)
+    monkeypatch.setattr(base, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: next(clock)}))
     caplog.set_level("INFO", logger="autoseg")
     fold = short_train(settings={"epochs": 500, "iterations": 5, "max_minutes": 1 / 60})
     rates = [float(row["lr"]) for row in csv.DictReader((fold / "progress.csv").open())]
-    assert len(rates) < 500
-    assert rates[-1] < 0.2 * rates[0]
+    last_of_epochs = [0.01 * (1 - done / 16) ** 0.9 for done in (4, 10, 15)]
+    assert rates == pytest.approx(last_of_epochs, rel=1e-3)
     assert "by max_minutes" in caplog.text
     assert (fold / "checkpoint_final.pth").is_file()
 

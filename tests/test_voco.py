@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from planners.errors import PlanError
 from pretrain.encoders import build_segmentation_network, encoder_info
 from pretrain.method import Step, Target
 from pretrain.methods.voco import (
@@ -266,6 +267,14 @@ def test_no_term_between_volumes_with_one_volume(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, "autoseg"):
         VoCo.plan(_target(), [Array(np.zeros((1, 13, 27, 22))).info], VoCoConfig())
     assert "one volume a batch" in caplog.text
+
+
+def test_only_v1_has_a_teacher_to_export() -> None:
+    pool = [Array(np.zeros((1, 13, 27, 22))).info]
+    with pytest.raises(
+        PlanError, match=r"voco.export_teacher\n\s+found\s+voco.variant=v2\n\s+expected\s+v1\n\s+to fix"
+    ):
+        VoCo.plan(_target(), pool, VoCoConfig(export_teacher=True))
 
 
 def test_the_term_between_volumes_asks_the_next_volume() -> None:

@@ -32,6 +32,7 @@ from pretrain.classes import still_guessing
 from pretrain.crops import best_of, volume_or_plane
 from pretrain.encoders import encoder_of
 from pretrain.method import Batch, Export, PretrainMethod, Stage, Step, Target, Terms
+from pretrain.schedule import Schedule
 from pretrain.tiles import (
     AIR_SHARE,
     BatchSize,
@@ -55,11 +56,9 @@ _LEAST_VOLUMES = 2  # so that there are negatives of another scan
 
 
 @dataclass(frozen=True)
-class CPCConfig:
+class CPCConfig(Schedule):
     """What `--set cpc.NAME=VALUE` can change."""
 
-    steps: Annotated[int, Field(ge=1)] = 50_000
-    """Optimiser steps; the schedule ends with them."""
     rows: Annotated[int, Field(ge=2, le=6)] = 4
     """Rows of the grid; from the upper half of them those below are predicted."""
     volumes: Annotated[int, Field(ge=1)] | None = None
@@ -70,12 +69,6 @@ class CPCConfig:
     """Numbers that describe what lies above."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
     """Divides the similarity of two tiles, which lies between -1 and 1."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Highest rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Of AdamW."""
-    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the rate rises; after it a cosine to zero."""
 
 
 @dataclass(frozen=True)
@@ -180,16 +173,7 @@ class CPC(PretrainMethod):
         self.register_buffer("sequences", sequences, persistent=False)
 
     def stages(self) -> Sequence[Stage]:
-        config = self.config
-        return [
-            Stage(
-                "main",
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                warm_up=config.warm_up,
-                accumulate=self.spec.batch.accumulate,
-            )
-        ]
+        return [self.config.stage(self.spec.batch.accumulate)]
 
     def embed(self, batch: Batch) -> Tensor:
         """Vectors (volumes, rows, columns, D)."""

@@ -34,6 +34,7 @@ from pretrain.methods.jigsaw_permutations import (
     most_permutations,
     smallest_distance,
 )
+from pretrain.schedule import Schedule
 from pretrain.tiles import (
     AIR_SHARE,
     BatchSize,
@@ -58,11 +59,9 @@ _OF_FEW_TILES = {4: 12, 8: 50, 9: 64}  # more would lie closer together
 
 
 @dataclass(frozen=True)
-class JigsawConfig:
+class JigsawConfig(Schedule):
     """What `--set jigsaw.NAME=VALUE` can change."""
 
-    steps: Annotated[int, Field(ge=1)] = 50_000
-    """Optimiser steps; the schedule ends with them."""
     tiles: Annotated[int, Field(ge=2, le=4)] = 3
     """Tiles along each axis; in 3D one axis may have too few voxels for as many and gets fewer."""
     permutations: Annotated[int, Field(ge=2)] | None = None
@@ -80,12 +79,6 @@ class JigsawConfig:
     """Width of the layer that sees all tiles."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Of that layer."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Highest rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Of AdamW."""
-    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the rate rises; after it a cosine to zero."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +88,7 @@ class JigsawSpec:
     grid: TileGrid
     batch: BatchSize
     permutations: int
+    choice: Literal["greedy", "affine"]
     puzzles: int
 
 
@@ -123,7 +117,8 @@ class Jigsaw(PretrainMethod):
         check_pool(grid, pool)
         count = config.permutations or permutation_count(grid.tiles, len(pool), config.choice)
         _check_permutations(grid, count, config.choice)
-        spec = JigsawSpec(grid, batch_size(target, grid, grid.tiles, config.volumes), count, config.puzzles)
+        batch = batch_size(target, grid, grid.tiles, config.volumes)
+        spec = JigsawSpec(grid, batch, count, config.choice, config.puzzles)
         logger.info(
             "The jigsaw has %d orders (chance %.3f) of %s; %d puzzles from each region; %s",
             count,
@@ -171,21 +166,12 @@ class Jigsaw(PretrainMethod):
         self.embedding = nn.Linear(tile_features(self.encoder, spec.grid), config.embedding)
         self.head = classifier(spec.grid.tiles * config.embedding, config.hidden, spec.permutations, config.dropout)
         # A buffer: a run that goes on has the orders it began with.
-        chosen = choose_permutations(spec.grid.tiles, spec.permutations, config.choice)
+        chosen = choose_permutations(spec.grid.tiles, spec.permutations, spec.choice)
         self.register_buffer("permutations", torch.from_numpy(chosen))
         logger.info("Any two orders differ at %d of %d places or more", smallest_distance(chosen), spec.grid.tiles)
 
     def stages(self) -> Sequence[Stage]:
-        config = self.config
-        return [
-            Stage(
-                "main",
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                warm_up=config.warm_up,
-                accumulate=self.spec.batch.accumulate,
-            )
-        ]
+        return [self.config.stage(self.spec.batch.accumulate)]
 
     def answers(self, batch: Batch) -> Tensor:
         """Logits (volumes, puzzles, classes). Tiles are encoded before they are shuffled: each is encoded alone, so it comes

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from planners.decisions import times
 from planners.errors import PlanError
 from pretrain.classes import class_loss, still_guessing
-from pretrain.crops import best_of, is_air, volume_or_plane
+from pretrain.crops import best_of, is_air, other_scanner, volume_or_plane
 from pretrain.encoders import encoder_of
 from pretrain.heads import classifier, last_stage
 from pretrain.method import Batch, Export, PretrainMethod, Stage, Step, Target, Terms
+from pretrain.schedule import Schedule
 from pretrain.turns import TurnableCrop, turnable_crop
 from pretrain.volumes import CaseInfo, Volume
 
@@ -37,11 +38,9 @@ _FEWEST_CROPS = 4  # of a step
 
 
 @dataclass(frozen=True)
-class RotationConfig:
+class RotationConfig(Schedule):
     """What `--set rotation.NAME=VALUE` can change."""
 
-    steps: Annotated[int, Field(ge=1)] = 50_000
-    """Optimiser steps; the schedule ends with them."""
     crops: Annotated[int, Field(ge=1)] | None = None
     """Crops of a batch; none: as many as the plan's batch has, and two batches or more a step where that is less than 4."""
     turns_per_crop: Annotated[int, Field(ge=1, le=4)] = 1
@@ -52,12 +51,6 @@ class RotationConfig:
     """Of that layer."""
     intensity: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability of another contrast, brightness and noise for a crop, before it is turned."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Highest rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Of AdamW."""
-    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the rate rises; after it a cosine to zero."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient."""
 
@@ -89,20 +82,22 @@ class Rotation(PretrainMethod):
     @classmethod
     def plan(cls, target: Target, pool: Sequence[CaseInfo], config: RotationConfig) -> RotationSpec:
         crop = turnable_crop(target, pool, method="rotation")
+        dims = target.encoder.spatial_dims
+        names = ", ".join(turn.name(dims) for turn in crop.turns)
         if config.turns_per_crop > len(crop.turns):
             raise PlanError(
-                "There are not so many turns",
+                "There are not so many turns that leave the voxels as they are",
+                where=target.configuration,
                 found=f"rotation.turns_per_crop={config.turns_per_crop}",
-                expected=f"at most {len(crop.turns)} with these voxel sizes",
-                remedy="--set rotation.turns_per_crop=1",
+                expected=f"at most {len(crop.turns)}: {names}",
+                remedy=f"--set rotation.turns_per_crop={len(crop.turns)}",
             )
         crops = config.crops or int(target.settings["batch_size"])
-        dims = target.encoder.spatial_dims
         logger.info(
             "Rotation turns crops of %s voxels in %d ways (%s), which guessing gets right in %.3f",
             times(crop.size),
             len(crop.turns),
-            ", ".join(turn.name(dims) for turn in crop.turns),
+            names,
             1 / len(crop.turns),
         )
         if crop.zoom > 1:
@@ -144,7 +139,8 @@ class Rotation(PretrainMethod):
 
         crop, usable = best_of(10, one, 1.0)
         if rng.random() < spec.intensity:
-            crop = _other_scanner(crop, rng)
+            space = tuple(range(1, crop.ndim))
+            crop = other_scanner(crop, crop.mean(space, keepdims=True), crop.std(space, keepdims=True), rng)
         return {
             "crops": np.stack([spec.crop.turns[number](crop) for number in parameters]),
             "turns": np.array(parameters),
@@ -159,17 +155,7 @@ class Rotation(PretrainMethod):
         self.head = classifier(self.encoder.output_channels[-1], config.hidden, len(spec.crop.turns), config.dropout)
 
     def stages(self) -> Sequence[Stage]:
-        config = self.config
-        return [
-            Stage(
-                "main",
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                warm_up=config.warm_up,
-                clip_norm=config.clip_norm,
-                accumulate=self.spec.accumulate,
-            )
-        ]
+        return [self.config.stage(self.spec.accumulate, self.config.clip_norm)]
 
     def answers(self, crops: Tensor) -> Tensor:
         """Logits (N, turns) of crops (N, channels, *size)."""
@@ -207,13 +193,3 @@ def wake_residual_branches(encoder: nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 1 and not weight.any():
             nn.init.ones_(weight)
-
-
-def _other_scanner(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gain 0.8 to 1.25, offset up to a tenth and noise up to a twentieth of each channel's standard deviation."""
-    per_channel = (len(crop), *[1] * (crop.ndim - 1))
-    space = tuple(range(1, crop.ndim))
-    mean, std = crop.mean(space, keepdims=True), crop.std(space, keepdims=True)
-    gain, offset = rng.uniform(0.8, 1.25, per_channel), rng.uniform(-0.1, 0.1, per_channel)
-    noise = rng.uniform(0, 0.05) * rng.standard_normal(crop.shape, np.float32)
-    return (mean + (crop - mean) * gain + std * (offset + noise)).astype(np.float32)

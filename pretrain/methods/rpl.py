@@ -26,6 +26,7 @@ from pretrain.crops import best_of, volume_or_plane
 from pretrain.encoders import encoder_of
 from pretrain.heads import classifier
 from pretrain.method import Batch, Export, PretrainMethod, Stage, Step, Target, Terms
+from pretrain.schedule import Schedule
 from pretrain.tiles import (
     BatchSize,
     TileGrid,
@@ -47,11 +48,9 @@ _ENOUGH = 0.75  # of the neighbours of a region are not air
 
 
 @dataclass(frozen=True)
-class RPLConfig:
+class RPLConfig(Schedule):
     """What `--set rpl.NAME=VALUE` can change."""
 
-    steps: Annotated[int, Field(ge=1)] = 50_000
-    """Optimiser steps; the schedule ends with them."""
     volumes: Annotated[int, Field(ge=1)] | None = None
     """Volumes of a batch; none: as many as the plan leaves memory for, and at least four for an optimiser step."""
     neighbours: Annotated[int, Field(ge=1, le=8)] = 4
@@ -62,12 +61,6 @@ class RPLConfig:
     """Width of the layer that compares two tiles."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Of that layer."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Highest rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Of AdamW."""
-    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the rate rises; after it a cosine to zero."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +138,7 @@ class RPL(PretrainMethod):
         self.head = classifier(2 * config.embedding, config.hidden, spec.classes, config.dropout)
 
     def stages(self) -> Sequence[Stage]:
-        config = self.config
-        return [
-            Stage(
-                "main",
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                warm_up=config.warm_up,
-                accumulate=self.spec.batch.accumulate,
-            )
-        ]
+        return [self.config.stage(self.spec.batch.accumulate)]
 
     def answers(self, batch: Batch) -> Tensor:
         """Logits (volumes, q, classes)."""

@@ -135,7 +135,13 @@ class VoCo(PretrainMethod):
         if config.region == "full":
             layout = Layout(layout.crop, layout.grid, True, layout.upsampling)
         if config.export_teacher and config.variant != "v1":
-            raise PlanError("Only v1 averages the encoder", remedy="--set voco.variant=v1, or no voco.export_teacher")
+            raise PlanError(
+                "Only v1 averages the encoder",
+                where="voco.export_teacher",
+                found=f"voco.variant={config.variant}",
+                expected="v1",
+                remedy="--set voco.variant=v1, or leave voco.export_teacher out",
+            )
         logger.info(
             "VoCo cuts %s base crops (%s) and %d random crops of %s voxels from each of %d volumes",
             layout.bases,
