@@ -72,6 +72,7 @@ def test_the_transformer_loads_whole_and_says_what_it_is(tmp_path: Path) -> None
         "PUMIT transformer, 3 blocks of 128 features", "pumit", "encoder",
     )  # fmt: skip
     assert weights.licence == "not stated (function2-llx/PUMIT has none)"
+    assert "Decathlon" in weights.warnings[0]
     transformer = {"embed_dim": 128, "depth": 3, "num_heads": 2}
     assert transformer.items() <= weights.architecture["arch_kwargs"].items()
     heads = {"mask_token", *(f"mim_head.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias"))}

@@ -96,8 +96,9 @@ def recognise(contents: Contents) -> Weights | None:
         trained_on=_TRAINED_ON,
         dropped=dropped,
         warnings=(
-            "If this is the published file, its images are public, among them AMOS22, CHAOS, FLARE22 and TotalSegmentator: "
-            "results there are not on unseen images",
+            "If this is the published file, its images are public, among them all tasks of the Medical Segmentation Decathlon, "
+            "BTCV, AMOS22, CHAOS, FLARE22, ACDC and TotalSegmentator (function2-llx/PUMIT:scripts/data/process.py): results "
+            "there are not on unseen images",
             "It was trained on percentiles 0.5 to 99.5 of an image scaled to [0, 1] and normalised as ImageNet is; the plan's "
             "own intensities are kept",
         ),
