@@ -19,6 +19,8 @@ from planners.errors import PlanError, PretrainedMismatch
 from planners.fingerprint import fingerprint
 from planners.planner import Overrides, differs_from_file, draft_plans
 from planners.plans import CPU_SUFFIX, FULL_PLAN, load_plan, resolved
+from planners.sac import NETWORK as PUMIT
+from planners.sac import SIZES
 from pretrain.encoders import build_segmentation_network, encoder_of
 from pretrain.fit_data import fit_data
 from pretrain.importers.weights import Weights
@@ -147,6 +149,11 @@ def _add_network(plan: dict, base: str, weights: Weights) -> tuple[str, dict]:
         built = resolved(candidate, name)["architecture"]["arch_kwargs"]
         if all(built[key] == arguments[key] for key in ("depths", "num_heads", "window_size") if key in arguments):
             return name, candidate
+    if weights.architecture["network_class_name"] == PUMIT:
+        for size, transformer in SIZES.items():
+            if transformer.items() <= arguments.items():
+                name = f"3d_fullres_sac_{size}"
+                return name, with_configuration(plan, name)
     content = configuration_like(plan, weights.architecture, patch_size=weights.patch_size)
     name = f"{base}_{re.sub(r'[^a-z0-9.]+', '-', weights.name.lower()).strip('-.')}"
     there = plan["configurations"].get(name)

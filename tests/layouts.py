@@ -1,12 +1,14 @@
 """Files with the layout of each published checkpoint: exact names and shapes, random values, small where the layout allows.
 
 Sources of the names: Luffy03/Large-Scale-Medical (voco_head.py), MONAI (`SwinUNETR.load_from`), MrGiovanni/SuPreM,
-MIC-DKFZ/nnssl (AbstractTrainer.save_checkpoint, adaptation_plan.py), MIC-DKFZ/nnUNet (nnUNetTrainer.save_checkpoint).
+MIC-DKFZ/nnssl (AbstractTrainer.save_checkpoint, adaptation_plan.py), MIC-DKFZ/nnUNet (nnUNetTrainer.save_checkpoint),
+function2-llx/PUMIT (pumit/model/{vit,mim}.py, pumit/tokenizer/{simple,quantize}.py, scripts/tokenizer/main.py).
 """
 
 from __future__ import annotations
 
 import copy
+import zlib
 from typing import Any
 
 import numpy as np
@@ -280,3 +282,105 @@ def filled_by_rule(network: nn.Module) -> nn.Module:
             i = torch.arange(tensor.numel(), dtype=torch.float64)
             tensor.copy_(((0.7 * i + number).sin() / (tensor.numel() / tensor.shape[0]) ** 0.5).view_as(tensor))
     return network.double()
+
+
+def noise(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Normal numbers in float64 that follow from `name`, the same with every version of numpy and torch."""
+    return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape))
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """Every parameter, in place, by its name: weights of norms about 1, kernels such that features stay near 1."""
+    for name, parameter in network.named_parameters():
+        fan = parameter[0].numel() if parameter.ndim > 1 and "token" not in name and "pos_embed" not in name else 25
+        is_norm = parameter.ndim == 1 and name.endswith("weight")
+        parameter.data.copy_(noise(name, tuple(parameter.shape)) / fan**0.5 + is_norm)
+    return network
+
+
+def pumit_transformer_shapes(width: int, depth: int, codes: int, channels: int = 3) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in `pumit-b.ckpt` (768, 12, 1024 codes)."""
+    hidden = int(width * 8 / 3)
+    block = {
+        **{f"norm{n}.{kind}": (width,) for n in (1, 2) for kind in ("weight", "bias")},
+        **{f"attn.{name}": (width,) for name in ("q_bias", "v_bias", "proj.bias")},
+        **{f"attn.{name}.weight": (width, width) for name in ("q_proj", "k_proj", "v_proj", "proj")},
+        **{f"mlp.{name}.weight": (hidden, width) for name in ("w1", "w2")},
+        **{f"mlp.{name}": (hidden,) for name in ("w1.bias", "w2.bias", "ffn_ln.weight", "ffn_ln.bias")},
+        "mlp.w3.weight": (width, hidden),
+        "mlp.w3.bias": (width,),
+    }
+    return {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, width, 5, 10, 10),
+        "mask_token": (1, 1, width),
+        "patch_embed.proj.weight": (width, channels, 16, 16, 16),
+        "patch_embed.proj.bias": (width,),
+        **{f"blocks.{number}.{name}": shape for number in range(depth) for name, shape in block.items()},
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "mim_head.0.weight": (width, width),
+        "mim_head.0.bias": (width,),
+        "mim_head.2.weight": (codes, width),
+        "mim_head.2.bias": (codes,),
+    }
+
+
+def pumit_tokenizer_shapes(channels: tuple[int, int, int], codes: int, inputs: int = 3) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in `simple-soft.ckpt` ((128, 256, 512), 1024 codes): `model`."""
+    fine, middle, deep = channels
+    three = (3, 3, 3)
+    kernels = {
+        "encoder.0": (fine, inputs, 4, 4, 4),
+        "encoder.3": (middle, fine, 2, 2, 2),
+        "encoder.6": (deep, middle, 2, 2, 2),
+        **dict.fromkeys(("encoder.9", "encoder.12", "decoder.0", "decoder.3"), (deep, deep, *three)),
+        "decoder.6.conv.0": (middle, middle, *three),
+        "decoder.7.conv.0": (fine, fine, *three),
+        "quantize.proj": (codes, deep),
+    }
+    ups = {
+        "decoder.6.transposed_conv": (deep, middle, 2, 2, 2),
+        "decoder.7.transposed_conv": (middle, fine, 2, 2, 2),
+        "decoder.8": (fine, inputs, 4, 4, 4),
+    }
+    norms = {"encoder.1.1": fine, "encoder.4.1": middle, "decoder.6.conv.1": middle, "decoder.7.conv.1": fine}
+    norms |= dict.fromkeys(("encoder.7.1", "encoder.10", "encoder.13", "decoder.1", "decoder.4"), deep)
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in (kernels | ups).items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in kernels.items()}
+    shapes |= {f"{name}.bias": shape[1:2] for name, shape in ups.items()}
+    shapes |= {f"{name}.{kind}": (size,) for name, size in norms.items() for kind in ("weight", "bias")}
+    return shapes | {"quantize.embedding.weight": (codes, deep)}
+
+
+def random_state(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def pumit_transformer(width: int = 128, depth: int = 3, **options: int) -> dict[str, Any]:
+    """pumit-b.ckpt: what Lightning writes, without the tokenizer."""
+    state = random_state(pumit_transformer_shapes(width, depth, options.pop("codes", 10), **options))
+    return {
+        "epoch": 0,
+        "global_step": 7,
+        "pytorch-lightning_version": "2.1.0",
+        "state_dict": state,
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {},
+        "optimizer_states": [
+            {"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(3)}}, "param_groups": []}
+        ],
+        "lr_schedulers": [{"base_values": [2e-5], "metric": None}],
+    }
+
+
+def pumit_tokenizer(channels: tuple[int, int, int] = (8, 16, 24), codes: int = 10, inputs: int = 3) -> dict[str, Any]:
+    """simple-soft.ckpt: what Fabric writes."""
+    return {
+        "model": random_state(pumit_tokenizer_shapes(channels, codes, inputs)),
+        "discriminator": {"main.0.weight": torch.zeros(4, 3, 3, 3, 3)},
+        "optimizer_g": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []},
+        "optimizer_d": {"state": {}, "param_groups": []},
+        "step": 7,
+    }

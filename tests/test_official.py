@@ -1,6 +1,7 @@
 """The same comparisons with the authors' own classes, for whoever has their source: `pytest -m official`.
 
 AUTOSEG_OFFICIAL_VOCO: a checkout of Luffy03/Large-Scale-Medical. AUTOSEG_OFFICIAL_NNSSL: one of MIC-DKFZ/nnssl.
+AUTOSEG_OFFICIAL_PUMIT: one of function2-llx/PUMIT, branch master.
 """
 
 import importlib
@@ -15,8 +16,13 @@ import pytest
 import torch
 
 from pretrain.importers import primus
+from pretrain.importers.pumit import read_tokenizer
 from pretrain.importers.reading import read_weights
-from tests import layouts
+from pretrain.methods.pumit.tokenizer import Tokenizer, soft
+from pretrain.networks.pumit_vit import timm_names
+from pretrain.networks.sac import Spacing
+from tests import layouts, official_pumit
+from tests import test_pumit_values as pumit
 from tests.test_importers import WRAPPERS, image, loaded, same, saved, swin_features
 
 pytestmark = pytest.mark.official
@@ -131,3 +137,121 @@ def test_primus_of_nnssl_computes_the_same_features(module, name, trainer, nnssl
     theirs = seen[0]
     print(f"{name}: largest difference {(ours - theirs).abs().max():.2g}")
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def pumit_code():
+    with official_pumit.official(checkout("AUTOSEG_OFFICIAL_PUMIT")) as code:
+        yield code
+
+
+def rounded(network):
+    """Random weights that single precision, which files are read in, holds exactly."""
+    layouts.randomised(network)
+    for parameter in network.parameters():
+        parameter.data.copy_(parameter.data.float())
+    return network
+
+
+def largest(pairs) -> float:
+    """Absolute difference over pairs of tensors; theirs may be a subclass that carries the spacing."""
+    return max(float((theirs.as_subclass(torch.Tensor) - ours).abs().max()) for theirs, ours in pairs)
+
+
+def volume(degree: int) -> torch.Tensor:
+    """Two samples of two slabs of 2 × 3 tokens, more than the table of positions has at DA 4, one plane at DA 5."""
+    slabs = {4: 6, 5: 1}.get(degree, 2)
+    return layouts.noise(f"volume {degree}", (2, 3, slabs * max(16 >> degree, 1), 32, 48))
+
+
+@torch.no_grad()
+def test_the_official_pumit_tokenizer_computes_the_same(pumit_code, tmp_path):
+    theirs = rounded(official_pumit.tokenizer(pumit_code, pumit.CHANNELS, pumit.CODES))
+    state = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
+    shapes = layouts.pumit_tokenizer_shapes(pumit.CHANNELS, pumit.CODES)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
+    found = read_tokenizer(saved(tmp_path, {**layouts.pumit_tokenizer(), "model": state}))
+    ours = Tokenizer(**found.options).double().eval()
+    ours.load_state_dict(found.tensors)
+    for degree in range(6):
+        x = volume(degree)
+        z = theirs.encode(pumit_code.sac.SpatialTensor(x.clone(), degree))
+        chosen = theirs.quantize(z)
+        features, below = ours.encoder(x, Spacing(degree))
+        logits, _ = ours.encode(x, Spacing(degree))
+        codes = ours.quantize(soft(logits))
+        image, _ = ours.decode(codes, below)
+        pairs = {
+            "z": (z, features),
+            "logits": (chosen.logits, logits),
+            "z_q": (chosen.z_q, codes),
+            "reconstruction": (theirs.decode(chosen.z_q), image),
+        }
+        differences = {name: largest([pair]) for name, pair in pairs.items()}
+        print(f"DA {degree}: {', '.join(f'{name} {value:.2g}' for name, value in differences.items())}")
+        assert max(differences.values()) <= 1e-10
+        assert image.std() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask_block", [0, 2])
+def test_the_official_pumit_transformer_computes_the_same(mask_block, pumit_code, tmp_path):
+    tokens = official_pumit.tokenizer(pumit_code, pumit.CHANNELS, pumit.CODES)
+    theirs = rounded(official_pumit.transformer(pumit_code, tokens, (128, 3, 2), range(mask_block, 3)))
+    state = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
+    shapes = layouts.pumit_transformer_shapes(128, 3, pumit.CODES)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
+    network, report = loaded(read_weights(saved(tmp_path, {**layouts.pumit_transformer(), "state_dict": state})))
+    assert (report.encoder_share, report.adapted, report.new, report.unused) == (1.0, (), (), ())
+    ours = network.encoder.vit.double()
+    for degree in range(6):
+        x = volume(degree)
+        spatial = [pumit_code.sac.SpatialTensor(x.clone(), degree) for _ in range(3)]
+        length = 6 * x.shape[2] // max(16 >> degree, 1)
+        generator = torch.Generator().manual_seed(degree)
+        visible = torch.stack([torch.randperm(length, generator=generator)[: length // 2].sort()[0] for _ in x])
+        masked = ours(x, degree, visible, mask_token=theirs.mask_token, mask_block=mask_block)
+        differences = {
+            "blocks": largest(zip(theirs.forward_features(spatial[0]), ours(x, degree, None, range(3)), strict=True)),
+            "all visible": largest([(theirs(spatial[1]), ours(x, degree))]),
+            "half visible": largest([(theirs(spatial[2], visible), masked)]),
+        }
+        print(f"DA {degree}: {', '.join(f'{name} {value:.2g}' for name, value in differences.items())}")
+        assert max(differences.values()) <= 1e-10
+        assert masked.std() > 0.1
+
+
+@torch.no_grad()
+def test_the_official_pumit_has_our_known_numbers(pumit_code):
+    tokenizer = official_pumit.tokenizer(pumit_code, pumit.CHANNELS, pumit.CODES)
+    tokenizer.load_state_dict(pumit.tokenizer().state_dict())
+    ours, mask = pumit.transformer()
+    sizes = (pumit.WIDTH, pumit.DEPTH, pumit.HEADS)
+    whole, late = (official_pumit.transformer(pumit_code, tokenizer, sizes, blocks) for blocks in (range(3), [2]))
+    for network in (whole, late):
+        for name, tensor in network.state_dict().items():
+            if not name.startswith(("mask_token", "mim_head.")):
+                tensor.copy_(ours.state_dict()[next(iter(timm_names({name: tensor})))])
+        network.mask_token.copy_(mask)
+    for degree in pumit.DEGREES:
+        x = [pumit_code.sac.SpatialTensor(pumit.picture(degree), degree) for _ in range(5)]
+        z = tokenizer.encode(x[0])
+        chosen = tokenizer.quantize(z)
+        values = (z, chosen.logits, chosen.z_q, tokenizer.decode(chosen.z_q))
+        hidden = (
+            whole.forward_features(x[1])[1], whole(x[2]), whole(x[3], pumit.VISIBLE), late(x[4], pumit.VISIBLE),
+        )  # fmt: skip
+        for found, known in ((values, pumit.TOKENIZER[degree]), (hidden, pumit.TRANSFORMER[degree])):
+            for tensor, numbers in zip(found, known, strict=True):
+                assert pumit.digest(tensor.as_subclass(torch.Tensor)) == pytest.approx(numbers, rel=1e-8, abs=1e-8)
+
+
+def test_the_official_pumit_takes_one_channel_by_the_same_rule(pumit_code, tmp_path):
+    content = layouts.pumit_transformer()
+    kwargs = {"pos_embed_shape": (5, 10, 10), "pretrained_ckpt": pumit_code.vit.Checkpoint()}
+    theirs = pumit_code.vit.ViT(in_channels=1, embed_dim=128, depth=3, num_heads=2, **kwargs)
+    theirs.load_state_dict(dict(content["state_dict"]), strict=False)
+    network, report = loaded(read_weights(saved(tmp_path, content)), channels=1)
+    assert [name for name, _ in report.adapted] == ["vit.patch_embed.proj.weight"]
+    ours = network.encoder.vit.patch_embed["proj"].weight
+    assert torch.allclose(theirs.patch_embed.proj.weight, ours, atol=1e-6)

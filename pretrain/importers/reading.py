@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from planners.errors import AutosegError, DatasetError, PretrainedMismatch
 from pretrain.encoders import encoder_of
-from pretrain.importers import nnssl, nnunet, pcrlv2, swin_unetr, voco
+from pretrain.importers import nnssl, nnunet, pcrlv2, pumit, swin_unetr, voco
 from pretrain.importers.autoseg_encoder import own_folder, read_own
 from pretrain.importers.contents import Contents, read_contents
 from pretrain.importers.folders import weights_file
@@ -23,6 +24,7 @@ RECOGNISERS: tuple[tuple[str, Callable[[Contents], Weights | None]], ...] = (
     ("VoCo, VoComni", voco.recognise),
     ("SwinUNETR of MONAI, SuPreM", swin_unetr.recognise),
     ("PCRL, PCRLv2", pcrlv2.recognise),
+    ("PUMIT", pumit.recognise),
     ("an encoder of a plain or residual U-Net", nnssl.recognise_bare),
 )
 """Tried in order; the first that knows the content takes it. A new family of files is one more module and one line."""
@@ -71,7 +73,12 @@ def _verified(weights: Weights, path: Path) -> Weights:
         ) from error
     module = encoder_of(network) if weights.scope == "encoder" else network
     places = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    wrong = [name for name, tensor in weights.tensors.items() if places.get(name) != tensor.shape]
+    grids = getattr(module, "position_grids", {})
+    wrong = [
+        name
+        for name, tensor in weights.tensors.items()
+        if places.get(name) != tensor.shape and not (name in grids and _is_grid(tensor, places[name], len(grids[name])))
+    ]
     if wrong:
         raise PretrainedMismatch(
             "The tensors do not belong to the network that the file describes",
@@ -81,6 +88,11 @@ def _verified(weights: Weights, path: Path) -> Weights:
             remedy="these weights cannot be used here: they come from a changed network",
         )
     return weights
+
+
+def _is_grid(tensor: Tensor, place: torch.Size, dims: int) -> bool:
+    """Whether a table of positions (1, features, *grid) has another grid at most, which the transfer resizes."""
+    return tensor.ndim == len(place) == dims + 2 and tensor.shape[:2] == place[:2]
 
 
 def _largest(value: object) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from timm.models.eva import EvaBlock
@@ -55,7 +54,6 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, embed_dim, *POSITION_GRID))
         patches = SACConv3d(in_channels, embed_dim, TOKEN, TOKEN)
         self.patch_embed = nn.ModuleDict({"proj": patches})
-        norm = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.ModuleList(
             EvaBlock(
                 embed_dim,
@@ -64,11 +62,11 @@ class ViT(nn.Module):
                 mlp_ratio=_MLP_RATIO,
                 swiglu_mlp=True,
                 scale_mlp=True,
-                norm_layer=norm,
+                norm_layer=nn.LayerNorm,  # ε = 1e-5 as in the published network, not EVA-02's 1e-6
             )
             for _ in range(depth)
         )
-        self.norm = norm(embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
         self._initialise(patches)
 
     def forward(
