@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK
 
 from planners import paths
-from pretrain.volumes import CaseInfo
+from pretrain.volumes import CaseInfo, channel_range
 
 DATASET = "Dataset901_Tiny"
 SPACING_MM = (2.5, 1.1, 1.0)  # (z, y, x)
@@ -60,6 +60,7 @@ class Array:
             foreground_threshold=-1e9,
             intensity_range=(float(np.quantile(mean, 0.01)), float(np.quantile(mean, 0.99))),
             intensity_std=float(mean.std()),
+            channel_ranges=tuple(channel_range(channel) for channel in voxels),
         )
 
     def read(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
