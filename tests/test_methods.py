@@ -22,8 +22,11 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor, multiprocessing, nn
 
+from planners.configurations import with_configuration
 from planners.dataset import load_dataset
 from planners.errors import PlanError
+from planners.files import write_json
+from planners.plans import plan_path
 from pretrain import training
 from pretrain.batches import HELD_OUT, LEARNING, Batches, load
 from pretrain.catalog import METHODS, entry, load_method
@@ -69,14 +72,23 @@ GEOMETRIES = {
 }
 
 
-def target_of(geometry: Geometry) -> Target:
-    """A plan with a network of three stages; for methods whose networks are others, add their plan here."""
+def plan_of(name: str, plan: dict) -> tuple[dict, str]:
+    """The plan with the configuration that the method works on, and its name."""
+    if entry(name).networks != ("PUMIT",):
+        return plan, next(c for c in ("3d_fullres", "2d") if c in plan["configurations"])
+    small = {"autoseg": {"budget": "cpu", "gpu_memory_gb": 8, "labels": 3}}
+    return with_configuration(plan | small, "3d_fullres_sac"), "3d_fullres_sac"
+
+
+def target_of(geometry: Geometry, name: str) -> Target:
+    """A plan with a network of three stages, or the method's own network."""
     dims = len(geometry.patch)
     plan = tiny_plan(dims=dims, channels=geometry.channels)
     configuration = "3d_fullres" if dims == 3 else "2d"
     settings = plan["configurations"][configuration]
     settings |= {"patch_size": list(geometry.patch), "spacing": list(geometry.spacing), "batch_size": 2}
     settings["architecture"]["arch_kwargs"]["strides"] = [list(s) for s in geometry.strides]
+    plan, configuration = plan_of(name, plan)
     return Target(plan, configuration, encoder_info(plan, configuration, dataset_json(geometry.channels)))
 
 
@@ -96,8 +108,7 @@ def scans_of(geometry: Geometry, number: int = 4) -> dict[str, Array]:
 
 def build(name: str, geometry: Geometry, pool: list[CaseInfo], **settings: Any) -> PretrainMethod:
     """The method with its settings for a CPU, with new weights. Raises PlanError as `plan` does."""
-    assert "ResidualEncoderUNet" in entry(name).networks, "give the suite a tiny plan of one of this method's networks"
-    method, target = load_method(name), target_of(geometry)
+    method, target = load_method(name), target_of(geometry, name)
     config = configure(method.Config, name, method.presets["cpu"], settings)
     spec = method.plan(target, pool, config)
     torch.manual_seed(0)
@@ -151,7 +162,8 @@ def test_every_geometry_works_or_is_refused_with_a_remedy(name: str, kind: str) 
     shapes = []
     export = model.export()
     encoder = export.module if export.scope == "encoder" else encoder_of(export.module)
-    hook = encoder.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    seen = getattr(encoder, "vit", encoder)  # PUMIT's encoder is for one DA, the transformer in it for all
+    hook = seen.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
     learnable = [p for p in model.parameters() if p.requires_grad]
     for phase, step in stages_of(model):
         prepare_stage(model, phase.stage, learnable)
@@ -160,7 +172,7 @@ def test_every_geometry_works_or_is_refused_with_a_remedy(name: str, kind: str) 
         assert torch.isfinite(terms["loss"])
         assert {term for term in terms if term.startswith("acc")} <= model.chance().keys()
     hook.remove()
-    stride = target_of(GEOMETRIES[kind]).encoder.total_stride
+    stride = target_of(GEOMETRIES[kind], name).encoder.total_stride
     assert all(n % s == 0 for shape in shapes for n, s in zip(shape[2:], stride, strict=True))
     assert {shape[1] for shape in shapes} == {GEOMETRIES[kind].channels}
     # A bias in front of a norm has no effect and so no gradient to speak of; kernels must all have one.
@@ -229,6 +241,7 @@ def test_one_batch_can_be_learned(name: str) -> None:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = dict(os.environ)
     root = make_home(tmp_path_factory.mktemp("methods") / "root")
+    write_json(plan_path(DATASET, PLAN), plan_of("pumit", tiny_plan())[0])
     os.environ.clear()
     os.environ.update(before)
     return root
@@ -274,7 +287,7 @@ def test_a_run_equals_its_parts_fits_the_network_and_leaves_a_picture(
     assert tensors.keys() == others.keys()
     assert all(torch.equal(value, others[key]) for key, value in tensors.items())
 
-    network = build_segmentation_network(tiny_plan(), "3d_fullres", dataset_json())
+    network = build_segmentation_network(*plan_of(name, tiny_plan()), dataset_json())
     report = transfer(tensors, network if card.scope == "encoder+decoder" else encoder_of(network))
     assert report.encoder_share == 1
     assert not report.unused

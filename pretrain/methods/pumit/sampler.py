@@ -85,10 +85,10 @@ def draw_views(crops: Crops, pool: Sequence[CaseInfo], rng: np.random.Generator)
     A case that does not have it gets other zooms before another case is tried, so that rare ones find company. Where there is
     none, the batch has other places of the views it has already.
     """
-    cases = [case for case in pool if usable(case)]
+    cases = [case for case in pool if usable(case)] or list(pool)  # of constant scans a batch that does not count
 
     def view(case: CaseInfo, zoom: tuple[float, float, float], degree: int) -> tuple[str, View]:
-        channel = int(rng.choice(usable(case)))
+        channel = int(rng.choice(usable(case) or [0]))
         return case.id, View(channel, degree, view_size(crops.tokens, degree), zoom)
 
     first = cases[rng.integers(len(cases))]

@@ -75,7 +75,7 @@ def resampled(volume: Volume, view: View, matrix: np.ndarray, offset: np.ndarray
     last = np.clip(np.ceil(reached.max(1)).astype(int), first, shape - 1)
     box = volume.read(first.tolist(), (last - first + 1).tolist())[view.channel]
     low, high = volume.info.channel_ranges[view.channel]
-    box = np.clip((box - low) / (high - low), 0, 1)
+    box = np.clip((box - low) / ((high - low) or 1), 0, 1)
     image = affine_transform(box, matrix, offset - first, view.size, order=1, mode="nearest")
     inside = np.ones(view.size, bool)
     steps = np.ogrid[tuple(slice(n) for n in view.size)]
