@@ -77,12 +77,14 @@ def measure_case(folder: Path, name: str, transpose_forward: Sequence[int]) -> d
     coarse = max(1, round((np.prod(shape) / _MEASURED_VOXELS) ** (1 / 3)))
     every = [max(1, min(coarse, n // 16)) for n in shape]
     slab = max(1, _SLAB // every[0]) * every[0]
-    kept = np.concatenate(
+    channels = np.concatenate(
         [
-            np.asarray(array[:, first : first + slab])[:, :: every[0], :: every[1], :: every[2]].mean(0)
+            np.asarray(array[:, first : first + slab])[:, :: every[0], :: every[1], :: every[2]]
             for first in range(0, shape[0], slab)
-        ]
+        ],
+        axis=1,
     )
+    kept = channels.mean(0)
     if not np.isfinite(kept).all():
         raise DatasetError("voxels that are not numbers (NaN or infinite)")
     threshold = otsu(kept)
@@ -101,7 +103,16 @@ def measure_case(folder: Path, name: str, transpose_forward: Sequence[int]) -> d
         "threshold": threshold,
         "range": [float(v) for v in np.quantile(kept, [0.01, 0.99])],
         "std": float(kept.std()),
+        "channel_ranges": [channel_range(channel) for channel in channels],
     }
+
+
+def channel_range(values: np.ndarray) -> tuple[float, float]:
+    """0.5th and 99.5th percentile of the values above the smallest; twice that where all are equal."""
+    smallest = values.min()
+    above = values[values > smallest]
+    low, high = np.quantile(above, [0.005, 0.995]) if above.size else (smallest, smallest)
+    return float(low), float(high)
 
 
 def otsu(values: np.ndarray) -> float:
@@ -132,5 +143,6 @@ def _case_info(source: str, name: str, entry: dict, target_spacing: Sequence[flo
         foreground_threshold=entry["threshold"],
         intensity_range=tuple(entry["range"]),
         intensity_std=entry["std"],
+        channel_ranges=tuple((low, high) for low, high in entry["channel_ranges"]),
         orientation=entry["orientation"],
     )

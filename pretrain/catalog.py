@@ -48,6 +48,13 @@ METHODS: dict[str, Entry] = {
     "pcrl": Entry(
         "pretrain.methods.pcrl:PCRL", "restore a scan and tell it from others", (2, 3), _UNETS, "arXiv:2109.04379"
     ),
+    "pumit": Entry(
+        "pretrain.methods.pumit.method:PUMITPretraining",
+        "which visual words stand where a scan is masked",
+        (3,),
+        ("PUMIT",),
+        "arXiv:2312.07630",
+    ),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,18 +90,45 @@ class EncoderCard:
         return self.steps_done >= self.steps_asked
 
 
-def save_encoder(folder: Path, module: nn.Module, card: EncoderCard) -> None:
-    """Write both files, the description last: a folder with an `encoder.json` is complete.
+def save_encoder(
+    folder: Path, module: nn.Module, card: EncoderCard, extras: Mapping[str, nn.Module] | None = None
+) -> None:
+    """Write all files, the description last: a folder with an `encoder.json` is complete.
 
     Tensors registered under several names are written once, under the shortest.
+
+    Args:
+        extras: name to module, each written as `NAME.safetensors`.
     """
-    state = module.state_dict()
-    tensors = {names[0]: state[names[0]].detach().cpu().contiguous() for names in distinct(state.items())}
     (Path(folder) / CARD_NAME).unlink(missing_ok=True)
-    with replacing(Path(folder) / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary)
-        temporary.chmod(0o644)  # safetensors writes for the owner alone; colleagues share results folders
+    named = {f"{name}.safetensors": extra for name, extra in (extras or {}).items()}
+    for file, content in {**named, WEIGHTS_NAME: module}.items():
+        state = content.state_dict()
+        tensors = {names[0]: state[names[0]].detach().cpu().contiguous() for names in distinct(state.items())}
+        with replacing(Path(folder) / file) as temporary:
+            save_file(tensors, temporary)
+            temporary.chmod(0o644)  # safetensors writes for the owner alone; colleagues share results folders
     write_json(Path(folder) / CARD_NAME, card.to_json())
+
+
+def load_extras(folder: Path, extras: Mapping[str, nn.Module]) -> list[str]:
+    """Fill modules from the files that `save_encoder` wrote for them; returns the names of those that were there.
+
+    Raises PretrainedMismatch unless a file has exactly the module's tensors.
+    """
+    found = [name for name in extras if (Path(folder) / f"{name}.safetensors").is_file()]
+    for name in found:
+        path = Path(folder) / f"{name}.safetensors"
+        try:
+            extras[name].load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise PretrainedMismatch(
+                f"The {name} does not fit the settings of this run",
+                where=path,
+                found=str(error).partition("\n")[2].strip() or error,
+                remedy="give the settings it was trained with (settings.json beside it)",
+            ) from error
+    return found
 
 
 def load_encoder(folder_or_file: Path) -> tuple[dict[str, Tensor], EncoderCard]:

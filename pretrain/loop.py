@@ -23,7 +23,7 @@ from torch import nn
 from planners.configurations import ensure_configuration
 from planners.dataset import Dataset, load_dataset
 from planners.device import choose_device
-from planners.errors import PlanError, PretrainedMismatch
+from planners.errors import PlanError, PretrainedMismatch, SettingsError
 from planners.files import write_json
 from planners.locks import sole_lock
 from planners.paths import resolve_dataset
@@ -31,13 +31,19 @@ from planners.plans import choose_plan, default_configuration, load_plan, plan_p
 from planners.run_names import check_run_name
 from pretrain import distributed, runs
 from pretrain.catalog import entry, load_method
-from pretrain.checkpoint import encoder_folder, find_encoders, load_encoder, refuse_unfinished, save_encoder
+from pretrain.checkpoint import (
+    encoder_folder,
+    find_encoders,
+    load_encoder,
+    load_extras,
+    refuse_unfinished,
+    save_encoder,
+)
 from pretrain.encoders import build_segmentation_network, encoder_info, encoder_of
 from pretrain.fit import IMPORTED_SHARE, fit, transfer_weights
 from pretrain.importers.reading import read_weights
-from pretrain.importers.weights import Weights
 from pretrain.method import PretrainMethod, Target
-from pretrain.optimise import phases
+from pretrain.optimise import Phase, phases
 from pretrain.pools import build_pool
 from pretrain.settings import configure
 from pretrain.training import Run, card_of, train
@@ -105,7 +111,8 @@ def pretrain(
     if configuration is None and init is not None:
         plan_content, configuration = _plan_for(home, str(init), plan_name, write=not show_config)
     else:
-        configuration = configuration or default_configuration(plan_content)
+        own_choice = method_class.configuration(_own_settings(method, settings or {}))
+        configuration = configuration or own_choice or default_configuration(plan_content)
         plan_content = ensure_configuration(name, plan_name, configuration, write=not show_config)
     target = Target(plan_content, configuration, encoder_info(plan_content, configuration, home.json))
     check_needs(method, needs.dims, needs.networks, target)
@@ -194,6 +201,8 @@ def _assemble(
     licence = _initialise(network, home, options, allow_partial) if options.init is not None else _OWN_LICENCE
     model = method_class(network, spec, config)  # type: ignore[call-arg]
     model.gather = distributed.gather
+    chosen = phases(model.stages(), config.steps, options.stages)
+    _fill_extras(model, chosen, home, options)
     for pair in model.momentum_pairs():
         pair.average.requires_grad_(False)
     fabric.to_device(model)
@@ -208,7 +217,7 @@ def _assemble(
         spec=spec,
         learn=learn,
         held_out=held_out,
-        phases=phases(model.stages(), config.steps, options.stages),
+        phases=chosen,
         workers=workers,
         licence=licence,
     )
@@ -220,7 +229,7 @@ def _trial_export(run: Run) -> None:
     export = run.method.export()
     fresh = build_segmentation_network(dict(run.target.plan), run.options.configuration, run.home.json)
     with tempfile.TemporaryDirectory() as place:
-        save_encoder(Path(place), export.module, card_of(run))
+        save_encoder(Path(place), export.module, card_of(run), export.extras)
         tensors, _ = load_encoder(Path(place))
     whole = export.scope == "encoder+decoder"
     transfer(tensors, fresh if whole else encoder_of(fresh))
@@ -240,7 +249,7 @@ def _trial_export(run: Run) -> None:
 
 def _initialise(network: nn.Module, home: Dataset, options: runs.Options, allow_partial: bool) -> str:
     """Fill the network from weights; returns their licence."""
-    weights = _init_weights(home.name, str(options.init), options.plan_name, options.configuration)
+    weights = read_weights(_init_source(home.name, str(options.init), options.plan_name, options.configuration))
     if weights.card is not None and not allow_partial:
         refuse_unfinished(weights.card, Path(str(options.init)))
     report = transfer_weights(weights, network, 1.0 if weights.card is not None else IMPORTED_SHARE)
@@ -250,8 +259,11 @@ def _initialise(network: nn.Module, home: Dataset, options: runs.Options, allow_
 
 def _plan_for(home: Dataset, init: str, plan_name: str, *, write: bool) -> tuple[dict, str]:
     """The plan and the configuration whose network the weights of `--init` fill, on the plan's own data."""
-    weights = _init_weights(home.name, init, plan_name, None)
-    share = 1.0 if weights.card is not None else IMPORTED_SHARE
+    weights = read_weights(_init_source(home.name, init, plan_name, None))
+    card = weights.card
+    if card is not None and (card.dataset, card.plan_name) == (home.name, plan_name):
+        return ensure_configuration(home.name, plan_name, card.configuration, write=write), card.configuration
+    share = 1.0 if card is not None else IMPORTED_SHARE
     fitted = fit(home, weights, plan_name=plan_name, keep_data=True, minimum_share=share)
     for plan in fitted.unwritten if write else ():
         write_json(plan_path(home.name, plan["plans_name"]), plan)
@@ -259,13 +271,30 @@ def _plan_for(home: Dataset, init: str, plan_name: str, *, write: bool) -> tuple
     return fitted.plan, fitted.configuration
 
 
-def _init_weights(dataset_name: str, init: str, plan_name: str | None, configuration: str | None) -> Weights:
+def _init_source(dataset_name: str, init: str, plan_name: str | None, configuration: str | None) -> Path:
     """What `--init` means: a path, or the name of one of the dataset's encoders."""
     source = Path(init)
     if not source.exists():
         hits = find_encoders(dataset_name, init, plan_name, configuration)
         source = hits[0] if hits else source
-    return read_weights(source)
+    return source
+
+
+def _fill_extras(method: PretrainMethod, chosen: Sequence[Phase], home: Dataset, options: runs.Options) -> None:
+    """Modules that are kept beside the encoder, from beside the weights of `--init`. Without their stage they must be there."""
+    extras = method.export().extras
+    filled: list[str] = []
+    if options.init is not None and extras:
+        source = _init_source(home.name, options.init, options.plan_name, options.configuration)
+        filled = load_extras(source if source.is_dir() else source.parent, extras)
+        logger.info("Also from there: %s", ", ".join(filled) or "nothing")
+    untrained = [name for name in chosen[0].stage.frozen if name in extras and name not in filled]
+    if untrained:
+        raise SettingsError(
+            f"Stage {chosen[0].stage.name} needs a trained {untrained[0]}",
+            found=f"--stages {','.join(phase.stage.name for phase in chosen)}, no {untrained[0]}.safetensors",
+            remedy="run all stages, or give --init a folder of an earlier run of this method",
+        )
 
 
 def _own_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:

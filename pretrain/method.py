@@ -100,6 +100,9 @@ class Export:
     module: nn.Module
     scope: Literal["encoder", "encoder+decoder"]
     """`encoder`: the module is an encoder; `encoder+decoder`: a whole network of the plan."""
+    extras: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Submodules of the method by name, written as `NAME.safetensors` beside the encoder. `--init` with such a folder fills
+    them too, so that a run may leave out the stage that trains them."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,15 @@ class PretrainMethod(nn.Module, ABC):
         Raises PlanError with the remedy when the method cannot work on these cases.
         """
 
+    @classmethod
+    def configuration(cls, settings: Mapping[str, Any]) -> str | None:
+        """The configuration the method works on if the user names none; None: the plan's first choice.
+
+        Args:
+            settings: what the user gave, by name, as text or value.
+        """
+        return None
+
     @staticmethod
     @abstractmethod
     def draw(spec: Any, pool: Sequence[CaseInfo], rng: np.random.Generator, step: Step) -> list[tuple[str, Any]]:
@@ -211,7 +223,8 @@ class PretrainMethod(nn.Module, ABC):
     def after_step(self, batch: Batch, terms: Terms, step: Step) -> None:
         """Change queues, centres and running statistics (buffers), after the optimiser and the moving averages.
 
-        Called for each batch of the step, and never for held-out batches.
+        Called for each batch of the step, and never for held-out batches. An AutosegError raised here ends a run without
+        hope; raise it on all processes.
         """
 
     def chance(self) -> Mapping[str, float]:

@@ -198,7 +198,8 @@ class _Saver:
                 "precision": run.fabric.strategy.precision.state_dict(),
             }
             runs.save_state(run.folder, state)
-            save_encoder(run.folder, run.method.export().module, card_of(run))
+            export = run.method.export()
+            save_encoder(run.folder, export.module, card_of(run), export.extras)
         self._last = time.monotonic()
         self._wait = max(_SECONDS_BETWEEN_SAVES, (self._last - began) / _SAVING_SHARE)
 

@@ -45,6 +45,8 @@ class CaseInfo:
     """1st and 99th percentile of the mean over channels: where a scan shows air, the first is air."""
     intensity_std: float
     """Standard deviation of the mean over channels."""
+    channel_ranges: tuple[tuple[float, float], ...] = ()
+    """0.5th and 99.5th percentile of each channel's voxels above its smallest; equal where a channel is constant."""
     orientation: str = ""
     """The side of the patient that indices grow towards on each axis (SPL: superior, posterior, left); empty: not known."""
     alignment: Alignment = AS_STORED

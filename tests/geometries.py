@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from planners.anisotropy import degree_of_anisotropy
+from planners.configurations import with_configuration
 from pretrain.catalog import METHODS, entry, load_method
 from pretrain.encoders import build_segmentation_network, encoder_info
 from pretrain.method import Batch, PretrainMethod, Step, Target
@@ -49,7 +50,8 @@ GEOMETRIES = {
 
 def target_of(name: str, kind: str) -> Target:
     """A plan and a configuration for a method: the one place that knows which network each gets."""
-    assert "ResidualEncoderUNet" in entry(name).networks, f"give {name} a tiny plan of one of its networks here"
+    unet = "ResidualEncoderUNet" in entry(name).networks
+    assert unet or entry(name).networks == ("PUMIT",), f"give {name} a tiny plan of one of its networks here"
     geometry = GEOMETRIES[kind]
     degree = degree_of_anisotropy(geometry.spacing)
     plan = tiny_plan(dims=geometry.dims, channels=geometry.channels, strides=geometry.strides, flat=degree)
@@ -60,6 +62,9 @@ def target_of(name: str, kind: str) -> Target:
         "batch_size": 2,
         "autoseg": {"DA": degree if geometry.dims == 3 else None},
     }
+    if not unet:
+        configuration, small = "3d_fullres_sac", {"budget": "cpu", "gpu_memory_gb": 8, "labels": 3}
+        plan = with_configuration(plan | {"autoseg": small}, configuration)
     return Target(plan, configuration, encoder_info(plan, configuration, dataset_json(geometry.channels)))
 
 

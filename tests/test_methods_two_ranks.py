@@ -14,7 +14,7 @@ from torch import multiprocessing
 from pretrain.catalog import METHODS
 from pretrain.distributed import average_gradients, gather
 from pretrain.method import Batch, PretrainMethod, Step
-from tests.geometries import NAMES, batch_of, every_method, new, scans_of, stages_of
+from tests.geometries import NAMES, batch_of, build, every_method, scans_of, stages_of, target_of
 
 JOINT = {
     "cpc": "tiles of all ranks are each other's negatives",
@@ -22,8 +22,9 @@ JOINT = {
 }
 """Every rank has the loss of the joint batch."""
 
-MEAN = {"rpl", "jigsaw", "rotation", "pcrl"}
-"""The loss is a mean over samples: a rank has the mean over its own. PCRL's negatives are the queue's, which all ranks fill."""
+MEAN = {"rpl", "jigsaw", "rotation", "pcrl", "pumit"}
+"""The loss is a mean over samples: a rank has the mean over its own. PCRL's negatives are the queue's, which all ranks fill.
+PUMIT's prior is of the mean token of all ranks, the same for each."""
 
 APART = {
     "voco": "its projector is normalised by the statistics of a batch, and each volume is set against the next of the batch"
@@ -33,13 +34,28 @@ APART = {
 SHARED = {"pcrl": ["mix"]}
 """What a batch draws once: each rank for itself, so the second takes the first's here."""
 
+ONE_GEOMETRY = {"pumit": {"zoom": 0.0}}
+"""Settings with which the views of both ranks are of one kind, so that one batch can hold them."""
+
+COUNTS_FAILURES = {"pumit"}
+"""Methods whose buffers change where something goes wrong only."""
+
 
 def test_every_method_says_how_ranks_go_together() -> None:
     assert sorted([*JOINT, *MEAN, *APART]) == sorted(NAMES)
 
 
+def of_one_kind(name: str) -> PretrainMethod:
+    """The same method in each process."""
+    scans = [scan.info for scan in scans_of("two channels").values()]
+    return build(name, target_of(name, "two channels"), scans, **ONE_GEOMETRY.get(name, {}))
+
+
 def joined(batches: list[Batch]) -> list[Batch]:
-    return [{key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}]
+    first, second = batches
+    assert all(isinstance(value, torch.Tensor) or value == second[key] for key, value in first.items())
+    together = {key: torch.cat([value, second[key]]) for key, value in first.items() if isinstance(value, torch.Tensor)}
+    return [first | together]
 
 
 def step_on(model: PretrainMethod, batches: list[Batch], step: Step) -> dict[str, Any]:
@@ -62,7 +78,7 @@ def one_rank(rank: int, place: str) -> None:
     """Each method on one of its two batches; leaves what came of it in `place`."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
     for name in METHODS:
-        model = new(name, "two channels")
+        model = of_one_kind(name)
         model.gather = gather
         task = torch.load(f"{place}/{name}.pt", weights_only=True)
         torch.save(step_on(model, [task["batches"][rank]], Step(**task["step"])), f"{place}/{name}_{rank}.pt")
@@ -75,7 +91,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ranks")
     scans = list(scans_of("two channels", 8).items())
     for name in NAMES:
-        model = new(name, "two channels")
+        model = of_one_kind(name)
         _, step = stages_of(model)[0]
         two = [batch_of(model, dict(scans[4 * rank : 4 * rank + 4]), step, seed=rank) for rank in range(2)]
         two[1] |= {key: two[0][key] for key in SHARED.get(name, [])}
@@ -89,7 +105,7 @@ def results(place: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, Any
     """Of the two ranks, and of one process that gathers nothing and has both batches at once."""
     task = torch.load(place / f"{name}.pt", weights_only=True)
     batches = task["batches"] if name in APART else joined(task["batches"])
-    alone = step_on(new(name, "two channels"), batches, Step(**task["step"]))
+    alone = step_on(of_one_kind(name), batches, Step(**task["step"]))
     return [torch.load(place / f"{name}_{rank}.pt", weights_only=True) for rank in range(2)], alone
 
 
@@ -113,9 +129,9 @@ def test_two_processes_learn_what_one_would_from_both_batches(two_ranks: Path, n
 @every_method
 def test_queues_and_statistics_are_those_of_both_batches_on_both_processes(two_ranks: Path, name: str) -> None:
     (first, second), alone = results(two_ranks, name)
-    model = new(name, "two channels")
+    model = of_one_kind(name)
     for key, value in alone["buffers"].items():
         assert torch.equal(first["buffers"][key], second["buffers"][key])
         assert torch.allclose(first["buffers"][key], value, rtol=1e-4, atol=1e-5)
     kept = any(not torch.equal(alone["buffers"][key], value) for key, value in model.named_buffers())
-    assert kept == (type(model).after_step is not PretrainMethod.after_step)
+    assert kept == (type(model).after_step is not PretrainMethod.after_step and name not in COUNTS_FAILURES)

@@ -10,6 +10,7 @@ import numpy as np
 import SimpleITK
 
 from planners import paths
+from pretrain.case_index import channel_range
 from pretrain.volumes import CaseInfo
 
 DATASET = "Dataset901_Tiny"
@@ -60,6 +61,7 @@ class Array:
             foreground_threshold=-1e9,
             intensity_range=(float(np.quantile(mean, 0.01)), float(np.quantile(mean, 0.99))),
             intensity_std=float(mean.std()),
+            channel_ranges=tuple(channel_range(channel) for channel in voxels),
         )
 
     def read(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:

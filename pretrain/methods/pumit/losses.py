@@ -60,13 +60,15 @@ def usage(tokens: Tensor, gather: Callable[[Tensor], Tensor], valid: Tensor | No
     Args:
         gather: `PretrainMethod.gather`. Means are over the tokens of all processes, however many each has, and the averaged
             gradient is that of the joint batch.
-        valid: (...), bool; tokens that count. Those of padding do not.
+        valid: (...), bool; tokens that count. Those of padding do not. Where none does, the usage means nothing, but is finite
+            and without gradient.
     """
     flat = tokens.float().flatten(0, -2)
     counts = torch.ones(len(flat), device=flat.device) if valid is None else valid.flatten().float()
     local = torch.cat([counts @ flat, (counts @ entropy(flat))[None], counts.sum()[None]])
     total = gather(local[None]).sum(0)
-    return Usage(total[:-2] / total[-1], total[-2] / total[-1])
+    number = total[-1].clamp_min(1)
+    return Usage(total[:-2] / number, total[-2] / number)
 
 
 def entropy(p: Tensor) -> Tensor:

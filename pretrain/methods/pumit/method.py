@@ -1,0 +1,401 @@
+"""PUMIT: learn a vocabulary of image patches, then predict the words that stand where a scan is masked.
+
+Luo et al., "Building Universal Foundation Models for Medical Image Analysis with Spatially Adaptive Networks", 2023,
+arXiv:2312.07630. Consulted: function2-llx/PUMIT:pumit/{datamodule,transforms}.py, pumit/model/mim.py,
+scripts/tokenizer/main.py, conf/.
+
+Stage `tokenizer` trains an autoencoder whose code of a patch is a distribution over a codebook. In stage `mim` it rests, and
+the transformer of the plan's network predicts its distributions. One channel is seen at a time: the transformer's input
+channels all get the same image, which is what the transfer rule makes of a network with one.
+
+Differs from the authors' code on purpose: L1 + MSE instead of a perceptual loss; other weights of the prior; intensities of the
+plan for the transformer; views of what is smaller than the crop are padded and the padding does not count.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from planners.decisions import times
+from planners.errors import AutosegError, PlanError, SettingsError
+from pretrain.crops import best_of
+from pretrain.encoders import encoder_of
+from pretrain.method import Batch, Export, ParameterGroup, PretrainMethod, Stage, Step, Target, Terms
+from pretrain.methods.pumit.losses import code_counts, reconstruction, sharpness_weight, usage
+from pretrain.methods.pumit.masking import draw_visible, masked_terms, masked_tokens
+from pretrain.methods.pumit.sampler import Crops, View, degree_of, draw_views, usable, view_size
+from pretrain.methods.pumit.tokenizer import Tokenizer
+from pretrain.methods.pumit.views import draw_placement, other_intensities, resampled, tokens_inside
+from pretrain.networks.sac import Spacing
+from pretrain.volumes import CaseInfo, Volume
+
+logger = logging.getLogger("autoseg")
+
+TOKENIZER, MIM = "tokenizer", "mim"
+_CONFIGURATION = "3d_fullres_sac"
+_BRIGHT = 0.02  # of the scan's range; what is darker counts as air
+_WANTED_SHOWN = 0.1
+_COLLAPSED_SHARE = 0.1  # of the stage's steps with a single code in use, after which the run stops
+_COLLAPSE_FROM = 200  # steps, before which one code is no bad sign
+_LEAST_RATE, _RATE_OF_256 = 5e-5, 1.5e-4
+_DEEP = 12  # blocks; above, the first three quarters see the visible tokens only
+
+
+@dataclass(frozen=True)
+class PUMITConfig:
+    """What `--set pumit.NAME=VALUE` can change."""
+
+    steps: Annotated[int, Field(ge=2)] = 60_000
+    """Optimiser steps of both stages."""
+    tokenizer_share: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
+    """Share of the steps that train the tokenizer, if both stages run."""
+    size: Literal["s", "b", "l"] | None = None
+    """Of the transformer: works on the configuration 3d_fullres_sac_SIZE; none: 3d_fullres_sac, as small as the plan asks."""
+    channels: tuple[int, int, int] = (64, 128, 256)
+    """Of the tokenizer's three stages, multiples of 8; 128,256,512 is the authors' choice."""
+    codes: Annotated[int, Field(ge=2)] = 512
+    """Words of the vocabulary; the authors: 1024."""
+    tokenizer_crop: tuple[int, int, int] = (4, 8, 8)
+    """Tokens (z, y, x) of a crop in stage tokenizer: 16 voxels each in the plane; fewer where the scans are smaller."""
+    mim_crop: tuple[int, int, int] = (4, 8, 8)
+    """The same in stage mim."""
+    tokenizer_batch: Annotated[int, Field(ge=1)] = 8
+    """Crops of a batch in stage tokenizer."""
+    mim_batch: Annotated[int, Field(ge=1)] = 8
+    """Crops of a batch in stage mim."""
+    masked: Annotated[float, Field(gt=0, lt=1)] = 0.55
+    """Share of the tokens that are hidden from the transformer."""
+    diversity: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of using all codes alike."""
+    sharpness: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of deciding for one code at each place, from 70 % of the stage on; 0 until 30 %."""
+    zoom: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability of another zoom in the plane, 0.75 to 2; along slices that are hardly thicker 0.6 times as often."""
+    rotate: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Probability of turning a crop."""
+    mirror: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability of mirroring a crop, for each axis."""
+    intensity: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Probability of another gamma; of another brightness and another contrast half of it each."""
+    tokenizer_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Highest rate of AdamW in stage tokenizer."""
+    tokenizer_schedule: Literal["cosine", "constant"] = "cosine"
+    """Of that rate, after the warm-up."""
+    mim_rate: Annotated[float, Field(gt=0)] | None = None
+    """Highest rate in stage mim; none: 1.5e-4 · √(batch / 256), at least 5e-5."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Of matrices; biases, norms, codes and positions have none."""
+
+
+@dataclass(frozen=True)
+class PUMITSpec:
+    """What is cut from the scans."""
+
+    crops: Mapping[str, Crops]
+    """By stage."""
+    masked: float
+    rotate: float
+    mirror: float
+    intensity: float
+
+
+class PUMITPretraining(PretrainMethod):
+    """A tokenizer learns to restore crops from soft words; then the transformer predicts the words of masked places."""
+
+    Config = PUMITConfig
+    presets = {  # noqa: RUF012
+        "default": {},
+        # Two cores: minutes.
+        "cpu": {
+            "steps": 600,
+            "tokenizer_share": 0.5,
+            "channels": (16, 32, 64),
+            "codes": 64,
+            "tokenizer_crop": (2, 2, 2),
+            "mim_crop": (2, 4, 4),
+            "tokenizer_rate": 1e-3,
+            "tokenizer_schedule": "constant",
+            "mim_rate": 1e-3,
+            "weight_decay": 0.0,
+        },
+    }
+    citation = "Luo et al.: Building Universal Foundation Models for Medical Image Analysis (arXiv:2312.07630)"
+    own_grid = True
+
+    # What is cut ------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def configuration(cls, settings: Mapping[str, Any]) -> str:
+        size = settings.get("size")
+        return _CONFIGURATION if size is None or str(size).lower() == "none" else f"{_CONFIGURATION}_{size}"
+
+    @classmethod
+    def plan(cls, target: Target, pool: Sequence[CaseInfo], config: PUMITConfig) -> PUMITSpec:
+        if config.size is not None and target.configuration != cls.configuration({"size": config.size}):
+            raise SettingsError(
+                "pumit.size and the configuration contradict each other",
+                found=f"{config.size} and {target.configuration}",
+                remedy="leave one of them out",
+            )
+        cases = [case for case in pool if usable(case)]
+        if not cases:
+            raise PlanError("All scans are constant", remedy="autoseg verify looks for such scans")
+        wanted = {
+            TOKENIZER: (config.tokenizer_crop, config.tokenizer_batch),
+            MIM: (config.mim_crop, config.mim_batch),
+        }
+        crops = {stage: Crops(_limited(tokens, cases), batch, config.zoom) for stage, (tokens, batch) in wanted.items()}
+        if math.prod(crops[MIM].tokens[1:]) < 2:
+            raise PlanError(
+                "Crops of one token have nothing to mask",
+                found=f"{times(crops[MIM].tokens)} tokens",
+                remedy="--set pumit.mim_crop=2,4,4, or larger scans",
+            )
+        degrees = sorted({degree_of(case) for case in cases})
+        logger.info(
+            "PUMIT cuts crops of %s and %s voxels (tokens: %s and %s), zoomed at random; the scans have DA %s",
+            times(view_size(crops[TOKENIZER].tokens, degrees[0])),
+            times(view_size(crops[MIM].tokens, degrees[0])),
+            times(crops[TOKENIZER].tokens),
+            times(crops[MIM].tokens),
+            ", ".join(map(str, degrees)),
+        )
+        return PUMITSpec(crops, config.masked, config.rotate, config.mirror, config.intensity)
+
+    @staticmethod
+    def draw(
+        spec: PUMITSpec, pool: Sequence[CaseInfo], rng: np.random.Generator, step: Step
+    ) -> list[tuple[str, tuple[str, View]]]:
+        """Views of one DA, each with the stage it is for."""
+        return [(case, (step.stage, view)) for case, view in draw_views(spec.crops[step.stage], pool, rng)]
+
+    @staticmethod
+    def sample(
+        spec: PUMITSpec, case: Volume, parameters: tuple[str, View], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """One view.
+
+        Returns:
+            image (1, z, y, x) in [0, 1]; low and high: the intensities, as the plan normalised them, that are 0 and 1; degree:
+            DA; inside (tokens,): not wholly padding; valid: whether it shows anything; in stage mim visible (n,): numbers of
+            the tokens that are seen.
+        """
+        stage, view = parameters
+
+        def one() -> tuple[tuple[np.ndarray, np.ndarray], float]:
+            image, inside = resampled(
+                case, view, *draw_placement(case.info, view, rng, rotate=spec.rotate, mirror=spec.mirror)
+            )
+            return (image, inside), float((image > _BRIGHT).mean())
+
+        (image, inside), _ = best_of(10, one, _WANTED_SHOWN)
+        low, high = case.info.channel_ranges[view.channel]
+        tokens = tokens_inside(
+            inside, [n // s for n, s in zip(view.size, view_size((1, 1, 1), view.degree), strict=True)]
+        )
+        made = {
+            "image": other_intensities(image, rng, spec.intensity)[None],
+            "low": np.float32(low),
+            "high": np.float32(high),
+            "degree": np.int64(view.degree),
+            "inside": tokens,
+            "valid": np.bool_(np.ptp(image) > _BRIGHT and tokens.sum() > 1),
+        }
+        return made | ({"visible": draw_visible(tokens, spec.masked, rng)} if stage == MIM else {})
+
+    @staticmethod
+    def collate(samples: list[dict[str, np.ndarray]]) -> Batch:
+        """`degree` becomes one number: kernels depend on it, so a batch has one."""
+        (degree,) = {int(sample["degree"]) for sample in samples}
+        return PretrainMethod.collate(samples) | {"degree": degree}
+
+    # What is learned --------------------------------------------------------------------------------------------------------
+
+    single_code_steps: Tensor
+
+    def __init__(self, network: nn.Module, spec: PUMITSpec, config: PUMITConfig) -> None:
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.encoder = encoder_of(network)
+        self.tokenizer = Tokenizer(1, config.channels, config.codes)
+        width, blocks = self.encoder.vit.cls_token.shape[-1], len(self.encoder.vit.blocks)
+        self.mask_block = 3 * blocks // 4 if blocks > _DEEP else 0
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, 1, width), std=0.02))
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.codes))
+        for layer in (self.head[0], self.head[2]):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            kernel = self.encoder.vit.patch_embed["proj"].weight
+            kernel.copy_(kernel.mean(1, keepdim=True).expand_as(kernel))
+        self.register_buffer("single_code_steps", torch.zeros((), dtype=torch.long))
+
+    def stages(self) -> Sequence[Stage]:
+        config = self.config
+        rate = max(_LEAST_RATE, _RATE_OF_256 * math.sqrt(config.mim_batch / 256))
+        return [
+            Stage(
+                TOKENIZER,
+                share=config.tokenizer_share,
+                learning_rate=config.tokenizer_rate,
+                weight_decay=config.weight_decay,
+                warm_up=0.05,
+                schedule=config.tokenizer_schedule,
+                clip_norm=1.0,
+            ),
+            Stage(
+                MIM,
+                share=1 - config.tokenizer_share,
+                learning_rate=config.mim_rate or rate,
+                weight_decay=config.weight_decay,
+                betas=(0.9, 0.95),
+                warm_up=1 / 30,
+                clip_norm=0.5,
+                frozen=(TOKENIZER,),
+            ),
+        ]
+
+    def parameter_groups(self, stage: Stage) -> Sequence[ParameterGroup]:
+        """Matrices, and what has no weight decay."""
+        if stage.name == TOKENIZER:
+            named = dict(self.tokenizer.named_parameters())
+        else:
+            named = {**dict(self.encoder.vit.named_parameters()), **dict(self.head.named_parameters())}
+            named["mask_token"] = self.mask_token
+        plain = [n for n, p in named.items() if p.ndim < 2 or n.endswith(("_embed", "_token", "embedding.weight"))]
+        return [
+            ParameterGroup([p for name, p in named.items() if name not in plain]),
+            ParameterGroup([named[name] for name in plain], weight_decay=0.0),
+        ]
+
+    def loss(self, batch: Batch, step: Step) -> Terms:
+        """Reconstruction and prior in stage tokenizer, the divergence from the tokenizer's words in stage mim."""
+        return self._masked_loss(batch) if step.stage == MIM else self._tokenizer_loss(batch, step)
+
+    def _tokenizer_loss(self, batch: Batch, step: Step) -> Terms:
+        image, valid = 2 * batch["image"] - 1, batch["valid"]
+        tokens, output = self.tokenizer(image, Spacing(batch["degree"]))
+        tokens = tokens.flatten(1, 3)
+        counted = batch["inside"] & valid[:, None]
+        codes = usage(tokens, self.gather, counted)
+        prior = codes.prior(self.config.diversity, sharpness_weight(step.progress, self.config.sharpness))
+        shown = valid.float().mean()
+        # Where no view counts the result has no meaning, but a gradient, which is 0.
+        output, image = (output[valid], image[valid]) if valid.any() else (0 * output, 0 * image)
+        restored = reconstruction(output, image)
+        used = self.gather(code_counts(tokens.detach()[counted])[None].float()).sum(0)
+        return {
+            "loss": restored["l1"] + restored["mse"] + prior,
+            **restored,
+            f"l1_DA{batch['degree']}": restored["l1"],
+            "explained": 1 - restored["mse"].detach() / image.var().clamp_min(1e-6),
+            "unevenness": codes.unevenness,
+            "sharpness": codes.sharpness,
+            "perplexity": codes.perplexity,
+            "choices": codes.choices,
+            "used": (used > 0).sum().float(),
+            "degree": shown.new_tensor(float(batch["degree"])),
+            "shown": shown,
+        }
+
+    def _masked_loss(self, batch: Batch) -> Terms:
+        targets = self._targets(batch)
+        logits = self.answers(batch)
+        hidden = masked_tokens(batch["visible"], targets.shape[1])
+        terms = masked_terms(logits, targets, hidden & batch["inside"] & batch["valid"][:, None])
+        prior = terms.pop("prior")
+        return {
+            "loss": terms["kl"],
+            **terms,
+            "kl_share": terms["kl"].detach() / prior.clamp_min(1e-6),
+            "degree": prior.new_tensor(float(batch["degree"])),
+            "shown": batch["valid"].float().mean(),
+        }
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch) -> Tensor:
+        """What the tokenizer says of the whole image, (N, L, V)."""
+        return self.tokenizer.soft_tokens(2 * batch["image"] - 1, Spacing(batch["degree"]))
+
+    def answers(self, batch: Batch) -> Tensor:
+        """Logits (N, L, V) of all tokens from those that are seen."""
+        vit = self.encoder.vit
+        low, high = (batch[key].reshape(-1, 1, 1, 1, 1) for key in ("low", "high"))
+        image = low + (high - low) * batch["image"]
+        image = image.expand(-1, vit.patch_embed["proj"].in_channels, -1, -1, -1)
+        hidden = vit(image, batch["degree"], batch["visible"], mask_token=self.mask_token, mask_block=self.mask_block)
+        return self.head(hidden[:, 1:])
+
+    def after_step(self, batch: Batch, terms: Terms, step: Step) -> None:
+        """Stop where all tokens have been the same code for long: nothing can be predicted of such tokens."""
+        if step.stage != TOKENIZER:
+            return
+        if terms["used"] == 1 and terms["shown"] > 0:
+            self.single_code_steps += 1
+        else:
+            self.single_code_steps.zero_()
+        if step.index >= _COLLAPSE_FROM and self.single_code_steps >= _COLLAPSED_SHARE * step.total:
+            raise AutosegError(
+                "The tokenizer's codebook has collapsed: every token is the same code",
+                found=f"{int(self.single_code_steps)} steps in a row, up to step {step.index + 1} of {step.total}",
+                remedy=f"start again with --overwrite and --set pumit.diversity={3 * self.config.diversity:g}, or a lower "
+                "pumit.sharpness or pumit.tokenizer_rate",
+            )
+
+    def chance(self) -> Mapping[str, float]:
+        """`explained`: a constant image. `kl_share`: always the mean of all tokens."""
+        return {"explained": 0.0, "kl_share": 1.0}
+
+    def diagnose(self, recent: Mapping[str, float], step: Step) -> str | None:
+        if step.stage == TOKENIZER and step.progress > 0.9:
+            share = recent["used"] / self.config.codes
+            if share < 0.25:
+                return (
+                    f"Only {recent['used']:.0f} of {self.config.codes} codes are in use. --set pumit.diversity="
+                    f"{3 * self.config.diversity:g} uses more of them"
+                )
+            if recent["choices"] > self.config.codes / 10:
+                return (
+                    f"A token is undecided among {recent['choices']:.0f} codes. A longer stage, or --set pumit.sharpness="
+                    f"{3 * self.config.sharpness:g}, makes tokens sharper"
+                )
+        return None
+
+    @torch.no_grad()
+    def picture(self, batch: Batch) -> Any:
+        from pretrain.methods.pumit.picture import draw_task
+
+        spacing = Spacing(batch["degree"])
+        image = 2 * batch["image"] - 1
+        logits, below = self.tokenizer.encode(image, spacing)
+        tokens = logits.float().softmax(-1)
+
+        def decoded(words: Tensor) -> Tensor:
+            return (self.tokenizer.decode(self.tokenizer.quantize(words), below)[0].float() + 1) / 2
+
+        masked = predicted = None
+        if "visible" in batch:
+            masked = masked_tokens(batch["visible"], tokens[0, ..., 0].numel())
+            answers = torch.where(masked[..., None], self.answers(batch).float().softmax(-1), tokens.flatten(1, 3))
+            predicted = decoded(answers.reshape(tokens.shape))
+        return draw_task(batch, tokens, decoded(tokens), masked, predicted)
+
+    def export(self) -> Export:
+        return Export(self.encoder, "encoder", {TOKENIZER: self.tokenizer})
+
+
+def _limited(tokens: Sequence[int], cases: Sequence[CaseInfo]) -> tuple[int, int, int]:
+    """As many tokens along each axis as the median scan has, at most those wanted."""
+    edges = [view_size((1, 1, 1), degree_of(case)) for case in cases]
+    reached = np.median([np.divide(case.shape, edge) for case, edge in zip(cases, edges, strict=True)], axis=0)
+    z, y, x = (max(1, min(wanted, math.ceil(found))) for wanted, found in zip(tokens, reached, strict=True))
+    return z, y, x
