@@ -202,7 +202,7 @@ def test_one_code_for_a_tenth_of_the_stage_ends_the_run() -> None:
     method = model()
     for index in range(1000, 1299):
         after(method, index, 3000)
-    with pytest.raises(AutosegError, match=r"collapsed(.|\n)*300 steps in a row(.|\n)*pumit.diversity=0.3"):
+    with pytest.raises(AutosegError, match=r"collapsed(.|\n)*300 steps in a row(.|\n)*pumit.diversity=0.15"):
         after(method, 1299, 3000)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import pytest
@@ -67,8 +68,18 @@ class Outcome:
 def learn(
     diversity: float = 0.1, sharpness: float | None = None, transposed_pool: Literal["sum", "mean"] = "mean"
 ) -> Outcome:
-    """Train and measure. `sharpness`: a constant weight instead of the schedule to 0.05."""
+    """Train and measure."""
     began = time.process_time()
+    outcome = measure(trained(diversity, sharpness, transposed_pool), ellipsoids(0), began)
+    print(outcome)
+    return outcome
+
+
+@cache
+def trained(
+    diversity: float = 0.1, sharpness: float | None = None, transposed_pool: Literal["sum", "mean"] = "mean"
+) -> Tokenizer:
+    """`sharpness`: a constant weight instead of the schedule to 0.05."""
     torch.manual_seed(0)
     model = Tokenizer(1, (16, 32, 64), CODES, transposed_pool=transposed_pool)
     volumes, order = ellipsoids(0), torch.Generator().manual_seed(1)
@@ -86,9 +97,7 @@ def learn(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    outcome = measure(model.eval(), volumes, began)
-    print(outcome)
-    return outcome
+    return model.eval()
 
 
 @torch.no_grad()
@@ -111,6 +120,23 @@ def test_volumes_come_back_at_every_thickness_and_the_codebook_is_used() -> None
     assert min(outcome.explained) > 0.5
     assert outcome.used >= CODES / 2
     assert outcome.choices < CODES / 8
+
+
+@torch.no_grad()
+def disagreement(model: Tokenizer, partner: int) -> float:
+    """Mean KL between the tokens of each volume at DA 0 and those of the `partner`-th volume after it at DA 1."""
+    volumes = ellipsoids(0)
+    thin = model.soft_tokens(volumes, Spacing(0)).double().clamp_min(1e-12)
+    thick = model.soft_tokens(at_degree(volumes, 1), Spacing(1)).double().clamp_min(1e-12).roll(-partner, 0)
+    return float((thin * (thin / thick).log()).sum(-1).mean())
+
+
+@pytest.mark.slow
+def test_tokens_are_those_of_the_volume_whatever_its_slices() -> None:
+    """DA 1 was never trained. The control are other volumes."""
+    own, other = disagreement(trained(), 0), disagreement(trained(), 1)
+    print("KL to the volume with averaged slices", own, "to another", other)
+    assert own < 0.5 * other
 
 
 @pytest.mark.slow

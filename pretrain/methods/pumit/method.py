@@ -117,13 +117,15 @@ class PUMITPretraining(PretrainMethod):
         # Two cores: minutes.
         "cpu": {
             "steps": 600,
-            "tokenizer_share": 0.5,
+            "tokenizer_share": 0.6,
             "channels": (16, 32, 64),
             "codes": 64,
             "tokenizer_crop": (2, 2, 2),
             "mim_crop": (2, 4, 4),
             "tokenizer_rate": 1e-3,
             "tokenizer_schedule": "constant",
+            "diversity": 0.05,
+            "sharpness": 0.02,
             "mim_rate": 1e-3,
             "weight_decay": 0.0,
         },
@@ -227,6 +229,7 @@ class PUMITPretraining(PretrainMethod):
         self.config, self.spec = config, spec
         self.encoder = encoder_of(network)
         self.tokenizer = Tokenizer(1, config.channels, config.codes)
+        start_apart(self.tokenizer)
         width, blocks = self.encoder.vit.cls_token.shape[-1], len(self.encoder.vit.blocks)
         self.mask_block = 3 * blocks // 4 if blocks > _DEEP else 0
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, 1, width), std=0.02))
@@ -391,6 +394,18 @@ class PUMITPretraining(PretrainMethod):
 
     def export(self) -> Export:
         return Export(self.encoder, "encoder", {TOKENIZER: self.tokenizer})
+
+
+@torch.no_grad()
+def start_apart(tokenizer: Tokenizer) -> None:
+    """Begin with tokens that differ: nearly decided ones, of codes without a common part.
+
+    With torch's own start a token is nearly uniform, so that the decoder, behind its group norms, sees the mean of the codebook
+    and hardly what varies; evenness is then had for nothing, by tokens that stay uniform, and short runs end with codes of
+    places instead of contents.
+    """
+    tokenizer.quantize.proj.weight *= 8
+    tokenizer.quantize.embedding.weight -= tokenizer.quantize.embedding.weight.mean(0)
 
 
 def _limited(tokens: Sequence[int], cases: Sequence[CaseInfo]) -> tuple[int, int, int]:
