@@ -40,8 +40,9 @@ def preprocess_on_own_grid(
 def own_grid_plan(plan: dict, configuration: str, example: Case, *, home_intensities: bool) -> dict:
     """The plan with the reader of the example's files and without resampling."""
     own = copy.deepcopy(plan)
-    # Written whole: what it inherits from may be another configuration's resampling.
+    # Written whole, because what it inherits from is left out.
     settings = copy.deepcopy(resolved(plan, configuration))
+    settings.pop("inherits_from", None)
     own["configurations"] = {configuration: settings}
     settings |= {f"resampling_fn_{what}": _UNRESAMPLED for what in ("data", "seg")}
     settings |= {f"resampling_fn_{what}_kwargs": {} for what in ("data", "seg")}

@@ -20,7 +20,7 @@ from planners.plans import load_plan
 from pretrain.pools import build_pool
 from pretrain.volumes import CaseInfo, Pool, Volumes
 from tests.stubs import PLAN, make_home
-from tests.tiny import DATASET, SPACING_MM, tiny_plan, tiny_scan
+from tests.tiny import DATASET, SPACING_MM, tiny_plan, tiny_scan, write_tiny_plan
 
 OTHER = "Dataset902_Other"
 THICK_MM = (0.9, 0.7, 6.0)  # (z, y, x): slices are thick along x
@@ -52,8 +52,10 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     Image.fromarray(pixels).save(folder / "colour.png")
     Image.fromarray(pixels[..., 0]).save(folder / "grey.png")
     plan = load_plan(DATASET, PLAN)
+    plan["configurations"]["child"] = {"inherits_from": "3d_fullres", "batch_size": 3}
+    write_tiny_plan(plan)
     made = build_pool(
-        load_dataset(DATASET), plan, "3d_fullres", images=folder, more_datasets=[OTHER], own_grid=True, workers=0
+        load_dataset(DATASET), plan, "child", images=folder, more_datasets=[OTHER], own_grid=True, workers=0
     )
     os.environ.clear()
     os.environ.update(before)
