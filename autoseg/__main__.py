@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from planners.errors import AutosegError
 
@@ -13,6 +14,8 @@ def main() -> None:
 
     # Workers are spawned and import this module: nothing above the guard may start a command.
     debug = "--debug" in sys.argv
+    # timm defines a scripted interface when it is imported, which newer torch deprecates: nothing a user can mend.
+    warnings.filterwarnings("ignore", r".torch\.jit\.interface.", FutureWarning)
     try:
         app(prog_name="autoseg")
     except AutosegError as error:
