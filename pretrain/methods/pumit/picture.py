@@ -85,7 +85,8 @@ def _show_codes(axis: Any, codes: np.ndarray, number: int, shape: tuple[int, ...
     if codes.size <= 64:
         height, width = (n // c for n, c in zip(shape, codes.shape, strict=True))
         for (y, x), code in np.ndenumerate(codes):
-            axis.text((x + 0.5) * width, (y + 0.5) * height, code, ha="center", va="center", fontsize=7)
+            shade = "black" if colours[code].mean() > 0.5 else "white"
+            axis.text((x + 0.5) * width, (y + 0.5) * height, code, ha="center", va="center", fontsize=7, color=shade)
 
 
 def _outline(axis: Any, hidden: np.ndarray, shape: tuple[int, ...]) -> None:
