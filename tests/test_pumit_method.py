@@ -223,6 +223,23 @@ def test_a_second_code_starts_the_count_again() -> None:
         after(method, index, 3000)
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, None),
+        ({"explained": 0.01}, "restores 1%"),
+        ({"used": 9.0}, "Only 9 of 64"),
+        ({"choices": 20.0}, "among 20"),
+    ],
+)
+def test_a_tokenizer_that_says_little_is_called_so_at_its_end(changed: dict[str, float], expected: str | None) -> None:
+    method, recent = model(), {"explained": 0.3, "used": 40.0, "choices": 2.0} | changed
+    said = method.diagnose(recent, Step("tokenizer", 95, 100, 95))
+    assert said is None if expected is None else said is not None and expected in said
+    assert method.diagnose(recent, Step("tokenizer", 5, 100, 5)) is None
+    assert method.diagnose({"kl": 1.0}, Step("mim", 95, 100, 195)) is None
+
+
 # Settings and what is left --------------------------------------------------------------------------------------------
 
 

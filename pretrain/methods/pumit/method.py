@@ -46,6 +46,7 @@ _BRIGHT = 0.02  # of the scan's range; what is darker counts as air
 _WANTED_SHOWN = 0.1
 _COLLAPSED_SHARE = 0.1  # of the stage's steps with a single code in use, after which the run stops
 _COLLAPSE_FROM = 200  # steps, before which one code is no bad sign
+_HARDLY_ANY = 0.05
 _LEAST_RATE, _RATE_OF_256 = 5e-5, 1.5e-4
 _DEEP = 12  # blocks; above, the first three quarters see the visible tokens only
 
@@ -234,9 +235,8 @@ class PUMITPretraining(PretrainMethod):
         self.mask_block = 3 * blocks // 4 if blocks > _DEEP else 0
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, 1, width), std=0.02))
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.codes))
-        for layer in (self.head[0], self.head[2]):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        for parameter in self.head.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02) if parameter.ndim == 2 else nn.init.zeros_(parameter)
         with torch.no_grad():
             kernel = self.encoder.vit.patch_embed["proj"].weight
             kernel.copy_(kernel.mean(1, keepdim=True).expand_as(kernel))
@@ -359,18 +359,23 @@ class PUMITPretraining(PretrainMethod):
         return {"explained": 0.0, "kl_share": 1.0}
 
     def diagnose(self, recent: Mapping[str, float], step: Step) -> str | None:
-        if step.stage == TOKENIZER and step.progress > 0.9:
-            share = recent["used"] / self.config.codes
-            if share < 0.25:
-                return (
-                    f"Only {recent['used']:.0f} of {self.config.codes} codes are in use. --set pumit.diversity="
-                    f"{3 * self.config.diversity:g} uses more of them"
-                )
-            if recent["choices"] > self.config.codes / 10:
-                return (
-                    f"A token is undecided among {recent['choices']:.0f} codes. A longer stage, or --set pumit.sharpness="
-                    f"{3 * self.config.sharpness:g}, makes tokens sharper"
-                )
+        if step.stage != TOKENIZER or step.progress < 0.9 or "used" not in recent:
+            return None
+        if recent["explained"] < _HARDLY_ANY:
+            return (
+                f"The tokenizer restores {recent['explained']:.0%} of the variance: its words say little of what is there. "
+                "A longer stage (--steps, pumit.tokenizer_share), or a smaller pumit.diversity and pumit.sharpness, helps"
+            )
+        if recent["used"] < 0.25 * self.config.codes:
+            return (
+                f"Only {recent['used']:.0f} of {self.config.codes} codes are in use in a batch. --set pumit.diversity="
+                f"{3 * self.config.diversity:g} uses more of them"
+            )
+        if recent["choices"] > 0.1 * self.config.codes:
+            return (
+                f"A token is undecided among {recent['choices']:.0f} codes. A longer stage, or --set pumit.sharpness="
+                f"{3 * self.config.sharpness:g}, makes tokens sharper"
+            )
         return None
 
     @torch.no_grad()

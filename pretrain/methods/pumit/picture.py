@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.colors import ListedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
@@ -73,7 +75,7 @@ def _covered(plane: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     return coloured
 
 
-def _show_codes(axis, codes: np.ndarray, number: int, shape: tuple[int, ...]) -> None:
+def _show_codes(axis: Any, codes: np.ndarray, number: int, shape: tuple[int, ...]) -> None:
     """Each code in a colour of its own; which, says nothing."""
     order = np.random.default_rng(0).permutation(number)
     colours = hsv_to_rgb(np.stack([order / number, 0.45 + 0.5 * (order % 2), 0.95 - 0.3 * (order % 3) / 2], -1))
@@ -83,10 +85,11 @@ def _show_codes(axis, codes: np.ndarray, number: int, shape: tuple[int, ...]) ->
     if codes.size <= 64:
         height, width = (n // c for n, c in zip(shape, codes.shape, strict=True))
         for (y, x), code in np.ndenumerate(codes):
-            axis.text((x + 0.5) * width, (y + 0.5) * height, code, ha="center", va="center", fontsize=7)
+            shade = "black" if colours[code].mean() > 0.5 else "white"
+            axis.text((x + 0.5) * width, (y + 0.5) * height, code, ha="center", va="center", fontsize=7, color=shade)
 
 
-def _outline(axis, hidden: np.ndarray, shape: tuple[int, ...]) -> None:
+def _outline(axis: Any, hidden: np.ndarray, shape: tuple[int, ...]) -> None:
     height, width = (n // c for n, c in zip(shape, hidden.shape, strict=True))
     for y, x in np.argwhere(hidden):
         axis.add_patch(
