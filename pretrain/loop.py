@@ -288,7 +288,9 @@ def _fill_extras(method: PretrainMethod, chosen: Sequence[Phase], home: Dataset,
         source = _init_source(home.name, options.init, options.plan_name, options.configuration)
         filled = load_extras(source if source.is_dir() else source.parent, extras)
         logger.info("Also from there: %s", ", ".join(filled) or "nothing")
-    untrained = [name for name in chosen[0].stage.frozen if name in extras and name not in filled]
+    # What no stage trains, the method has from elsewhere.
+    trained = [name for name in extras if any(name not in stage.frozen for stage in method.stages())]
+    untrained = [name for name in chosen[0].stage.frozen if name in trained and name not in filled]
     if untrained:
         raise SettingsError(
             f"Stage {chosen[0].stage.name} needs a trained {untrained[0]}",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from planners.configurations import with_configuration
@@ -18,11 +19,15 @@ from planners.files import write_json
 from planners.plans import plan_path
 from pretrain.checkpoint import load_extras
 from pretrain.encoders import build_segmentation_network, encoder_info
+from pretrain.importers.pumit import read_tokenizer
 from pretrain.loop import pretrain
 from pretrain.method import Batch, Step, Target
 from pretrain.methods.pumit.masking import masked_tokens
-from pretrain.methods.pumit.method import PUMITConfig, PUMITPretraining
+from pretrain.methods.pumit.method import PUMITConfig, PUMITPretraining, by_size
+from pretrain.networks.sac import SACConvTranspose3d
 from pretrain.optimise import build_optimizer, prepare_stage
+from pretrain.settings import configure
+from tests import layouts
 from tests.stubs import PLAN, make_home
 from tests.tiny import DATASET, Array, dataset_json, tiny_plan
 
@@ -48,6 +53,10 @@ def model(channels: int = 1, config: PUMITConfig = CONFIG) -> PUMITPretraining:
     spec = PUMITPretraining.plan(target, [scan.info for scan in scans(channels)], config)
     torch.manual_seed(0)
     return PUMITPretraining(build_segmentation_network(plan, CONFIGURATION, dataset_json(channels)), spec, config)
+
+
+def segmentation_network() -> Any:
+    return build_segmentation_network(small_plan(), CONFIGURATION, dataset_json(1))
 
 
 def batch_of(method: PUMITPretraining, stage: str, channels: int = 1, seed: int = 0) -> Batch:
@@ -244,7 +253,8 @@ def test_a_tokenizer_that_says_little_is_called_so_at_its_end(changed: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [(None, CONFIGURATION), ("none", CONFIGURATION), ("b", CONFIGURATION + "_b")]
+    ("size", "expected"),
+    [(None, CONFIGURATION), ("none", CONFIGURATION), ("B", CONFIGURATION + "_b"), ("official", CONFIGURATION + "_b")],
 )
 def test_the_size_names_the_configuration(size: str | None, expected: str) -> None:
     assert PUMITPretraining.configuration({} if size is None else {"size": size}) == expected
@@ -253,6 +263,49 @@ def test_the_size_names_the_configuration(size: str | None, expected: str) -> No
 def test_a_size_and_another_configuration_contradict_each_other() -> None:
     with pytest.raises(SettingsError, match=r"b and 3d_fullres_sac"):
         model(config=replace(CONFIG, size="b"))
+
+
+def test_the_size_decides_what_is_left_open() -> None:
+    """The tokenizers of methods/pumit.md §8 and §3.2, and the two rows of weights of §3.3."""
+
+    def decided(**given: Any) -> tuple[Any, ...]:
+        config = by_size(configure(PUMITConfig, "pumit", given))
+        return config.channels, config.codes, config.mim_crop, config.diversity, config.sharpness
+
+    assert decided() == decided(size="s") == ((64, 128, 256), 512, (4, 8, 8), 0.1, 0.05)
+    assert decided(size="B") == decided(size="l") == ((128, 256, 512), 1024, (5, 10, 10), 0.1, 0.05)
+    assert decided(size="official") == ((128, 256, 512), 1024, (5, 10, 10), 0.03, 1.0)
+    assert decided(size="b", codes=16)[1] == 16
+
+
+def test_the_official_tokenizer_sums_slices_and_decides_from_the_start() -> None:
+    official = replace(CONFIG, size="official", diversity=0.0, sharpness=1.0)
+    method = model(config=CONFIG)
+    other = PUMITPretraining(segmentation_network(), method.spec, official)
+    for one, pool in ((method, "mean"), (other, "sum")):
+        assert {m.transposed_pool for m in one.tokenizer.modules() if isinstance(m, SACConvTranspose3d)} == {pool}
+    batch = batch_of(method, "tokenizer")
+    other.tokenizer.load_state_dict(method.tokenizer.state_dict())
+    terms = other.loss(batch, FIRST["tokenizer"])
+    assert float(terms["loss"]) == pytest.approx(float(terms["l1"] + terms["mse"] - terms["sharpness"]), rel=1e-5)
+
+
+def test_the_published_tokenizer_takes_the_place_of_its_stage(tmp_path: Path) -> None:
+    torch.save(layouts.pumit_tokenizer(codes=10), tmp_path / "simple-soft.ckpt")
+    config = replace(CONFIG, tokenizer=str(tmp_path / "simple-soft.ckpt"))
+    method = PUMITPretraining(segmentation_network(), model().spec, config)
+    assert [stage.name for stage in method.stages()] == ["mim"]
+    found = read_tokenizer(tmp_path / "simple-soft.ckpt", gray=True).tensors
+    assert all(torch.equal(value, found[name]) for name, value in method.tokenizer.state_dict().items())
+    assert method.loss(batch_of(method, "mim"), FIRST["mim"])["loss"].isfinite()
+
+
+def test_a_run_with_the_published_tokenizer_keeps_it(home: Path, tmp_path: Path) -> None:
+    torch.save(layouts.pumit_tokenizer(codes=10), tmp_path / "simple-soft.ckpt")
+    folder = run(steps=2, settings={"pumit.tokenizer": str(tmp_path / "simple-soft.ckpt")})
+    kept = load_file(folder / "tokenizer.safetensors")
+    found = read_tokenizer(tmp_path / "simple-soft.ckpt", gray=True).tensors
+    assert all(torch.equal(value, found[name]) for name, value in kept.items())
 
 
 def test_crops_are_no_larger_than_the_scans() -> None:

@@ -17,18 +17,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from planners.decisions import times
 from planners.errors import AutosegError, PlanError, SettingsError
 from pretrain.crops import best_of
 from pretrain.encoders import encoder_of
+from pretrain.importers.pumit import read_tokenizer
 from pretrain.method import Batch, Export, ParameterGroup, PretrainMethod, Stage, Step, Target, Terms
 from pretrain.methods.pumit.losses import code_counts, reconstruction, sharpness_weight, usage
 from pretrain.methods.pumit.masking import draw_visible, masked_terms, masked_tokens
@@ -41,6 +43,7 @@ from pretrain.volumes import CaseInfo, Volume
 logger = logging.getLogger("autoseg")
 
 TOKENIZER, MIM = "tokenizer", "mim"
+OFFICIAL = "official"
 _CONFIGURATION = "3d_fullres_sac"
 _BRIGHT = 0.02  # of the scan's range; what is darker counts as air
 _WANTED_SHOWN = 0.1
@@ -51,6 +54,10 @@ _LEAST_RATE, _RATE_OF_256 = 5e-5, 1.5e-4
 _DEEP = 12  # blocks; above, the first three quarters see the visible tokens only
 
 
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
 class PUMITConfig:
     """What `--set pumit.NAME=VALUE` can change."""
@@ -59,26 +66,30 @@ class PUMITConfig:
     """Optimiser steps of both stages."""
     tokenizer_share: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
     """Share of the steps that train the tokenizer, if both stages run."""
-    size: Literal["s", "b", "l"] | None = None
-    """Of the transformer: works on the configuration 3d_fullres_sac_SIZE; none: 3d_fullres_sac, as small as the plan asks."""
-    channels: tuple[int, int, int] = (64, 128, 256)
-    """Of the tokenizer's three stages, multiples of 8; 128,256,512 is the authors' choice."""
-    codes: Annotated[int, Field(ge=2)] = 512
-    """Words of the vocabulary; the authors: 1024."""
+    size: Annotated[Literal["s", "b", "l", "official"], BeforeValidator(_lower)] | None = None
+    """s, b or l: the configuration 3d_fullres_sac_SIZE and a tokenizer to match; official: b, and a tokenizer as the authors
+    train it; none: 3d_fullres_sac, as small as the plan asks."""
+    tokenizer: str | None = None
+    """The authors' simple-soft.ckpt instead of stage tokenizer; its size is the file's."""
+    channels: tuple[int, int, int] | None = None
+    """Of the tokenizer's three stages, multiples of 8; none: by size, 64,128,256 or from b on 128,256,512."""
+    codes: Annotated[int, Field(ge=2)] | None = None
+    """Words of the vocabulary; none: by size, 512 or from b on 1024."""
     tokenizer_crop: tuple[int, int, int] = (4, 8, 8)
     """Tokens (z, y, x) of a crop in stage tokenizer: 16 voxels each in the plane; fewer where the scans are smaller."""
-    mim_crop: tuple[int, int, int] = (4, 8, 8)
-    """The same in stage mim."""
+    mim_crop: tuple[int, int, int] | None = None
+    """The same in stage mim; none: by size, 4,8,8 or from b on 5,10,10."""
     tokenizer_batch: Annotated[int, Field(ge=1)] = 8
     """Crops of a batch in stage tokenizer."""
     mim_batch: Annotated[int, Field(ge=1)] = 8
     """Crops of a batch in stage mim."""
     masked: Annotated[float, Field(gt=0, lt=1)] = 0.55
     """Share of the tokens that are hidden from the transformer."""
-    diversity: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of using all codes alike."""
-    sharpness: Annotated[float, Field(ge=0)] = 0.05
-    """Weight of deciding for one code at each place, from 70 % of the stage on; 0 until 30 %."""
+    diversity: Annotated[float, Field(ge=0)] | None = None
+    """Weight of using all codes alike; none: 0.1, official 0.03."""
+    sharpness: Annotated[float, Field(ge=0)] | None = None
+    """Weight of deciding for one code at each place, from 70 % of the stage on, 0 until 30 %; none: 0.05. Official: 1,
+    throughout."""
     zoom: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability of another zoom in the plane, 0.75 to 2; along slices that are hardly thicker 0.6 times as often."""
     rotate: Annotated[float, Field(ge=0, le=1)] = 0.3
@@ -95,6 +106,23 @@ class PUMITConfig:
     """Highest rate in stage mim; none: 1.5e-4 · √(batch / 256), at least 5e-5."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Of matrices; biases, norms, codes and positions have none."""
+
+
+_SMALL = {"channels": (64, 128, 256), "codes": 512, "mim_crop": (4, 8, 8), "diversity": 0.1, "sharpness": 0.05}
+_BASE = {**_SMALL, "channels": (128, 256, 512), "codes": 1024, "mim_crop": (5, 10, 10)}
+_SIZES: Mapping[str | None, Mapping[str, Any]] = {
+    None: _SMALL,
+    "s": _SMALL,
+    "b": _BASE,
+    "l": _BASE,
+    # The last two from the authors' command line.
+    OFFICIAL: {**_BASE, "diversity": 0.03, "sharpness": 1.0},
+}
+
+
+def by_size(config: PUMITConfig) -> PUMITConfig:
+    """The settings with what was left open decided by the size."""
+    return replace(config, **{name: v for name, v in _SIZES[config.size].items() if getattr(config, name) is None})
 
 
 @dataclass(frozen=True)
@@ -138,11 +166,12 @@ class PUMITPretraining(PretrainMethod):
 
     @classmethod
     def configuration(cls, settings: Mapping[str, Any]) -> str:
-        size = settings.get("size")
-        return _CONFIGURATION if size is None or str(size).lower() == "none" else f"{_CONFIGURATION}_{size}"
+        size = str(settings.get("size")).lower()
+        return _CONFIGURATION if size == "none" else f"{_CONFIGURATION}_{'b' if size == OFFICIAL else size}"
 
     @classmethod
     def plan(cls, target: Target, pool: Sequence[CaseInfo], config: PUMITConfig) -> PUMITSpec:
+        config = by_size(config)
         if config.size is not None and target.configuration != cls.configuration({"size": config.size}):
             raise SettingsError(
                 "pumit.size and the configuration contradict each other",
@@ -227,14 +256,14 @@ class PUMITPretraining(PretrainMethod):
 
     def __init__(self, network: nn.Module, spec: PUMITSpec, config: PUMITConfig) -> None:
         super().__init__()
-        self.config, self.spec = config, spec
+        self.config, self.spec = by_size(config), spec
         self.encoder = encoder_of(network)
-        self.tokenizer = Tokenizer(1, config.channels, config.codes)
-        start_apart(self.tokenizer)
+        self.tokenizer = _published(config.tokenizer) if config.tokenizer else _new_tokenizer(self.config)
+        self._codes = self.tokenizer.quantize.embedding.num_embeddings
         width, blocks = self.encoder.vit.cls_token.shape[-1], len(self.encoder.vit.blocks)
         self.mask_block = 3 * blocks // 4 if blocks > _DEEP else 0
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, 1, width), std=0.02))
-        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.codes))
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, self._codes))
         for parameter in self.head.parameters():
             nn.init.trunc_normal_(parameter, std=0.02) if parameter.ndim == 2 else nn.init.zeros_(parameter)
         with torch.no_grad():
@@ -243,29 +272,29 @@ class PUMITPretraining(PretrainMethod):
         self.register_buffer("single_code_steps", torch.zeros((), dtype=torch.long))
 
     def stages(self) -> Sequence[Stage]:
+        """The tokenizer's, unless it is there already, and the transformer's."""
         config = self.config
         rate = max(_LEAST_RATE, _RATE_OF_256 * math.sqrt(config.mim_batch / 256))
-        return [
-            Stage(
-                TOKENIZER,
-                share=config.tokenizer_share,
-                learning_rate=config.tokenizer_rate,
-                weight_decay=config.weight_decay,
-                warm_up=0.05,
-                schedule=config.tokenizer_schedule,
-                clip_norm=1.0,
-            ),
-            Stage(
-                MIM,
-                share=1 - config.tokenizer_share,
-                learning_rate=config.mim_rate or rate,
-                weight_decay=config.weight_decay,
-                betas=(0.9, 0.95),
-                warm_up=1 / 30,
-                clip_norm=0.5,
-                frozen=(TOKENIZER,),
-            ),
-        ]
+        tokenizer = Stage(
+            TOKENIZER,
+            share=config.tokenizer_share,
+            learning_rate=config.tokenizer_rate,
+            weight_decay=config.weight_decay,
+            warm_up=0.05,
+            schedule=config.tokenizer_schedule,
+            clip_norm=1.0,
+        )
+        mim = Stage(
+            MIM,
+            share=1 - config.tokenizer_share,
+            learning_rate=config.mim_rate or rate,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.95),
+            warm_up=1 / 30,
+            clip_norm=0.5,
+            frozen=(TOKENIZER,),
+        )
+        return [mim] if config.tokenizer else [tokenizer, mim]
 
     def parameter_groups(self, stage: Stage) -> Sequence[ParameterGroup]:
         """Matrices, and what has no weight decay."""
@@ -290,7 +319,8 @@ class PUMITPretraining(PretrainMethod):
         tokens = tokens.flatten(1, 3)
         counted = batch["inside"] & valid[:, None]
         codes = usage(tokens, self.gather, counted)
-        prior = codes.prior(self.config.diversity, sharpness_weight(step.progress, self.config.sharpness))
+        late = 1.0 if self.config.size == OFFICIAL else step.progress
+        prior = codes.prior(self.config.diversity, sharpness_weight(late, self.config.sharpness))
         shown = valid.float().mean()
         # Where no view counts the result has no meaning, but a gradient, which is 0.
         output, image = (output[valid], image[valid]) if valid.any() else (0 * output, 0 * image)
@@ -366,12 +396,12 @@ class PUMITPretraining(PretrainMethod):
                 f"The tokenizer restores {recent['explained']:.0%} of the variance: its words say little of what is there. "
                 "A longer stage (--steps, pumit.tokenizer_share), or a smaller pumit.diversity and pumit.sharpness, helps"
             )
-        if recent["used"] < 0.25 * self.config.codes:
+        if recent["used"] < 0.25 * self._codes:
             return (
-                f"Only {recent['used']:.0f} of {self.config.codes} codes are in use in a batch. --set pumit.diversity="
+                f"Only {recent['used']:.0f} of {self._codes} codes are in use in a batch. --set pumit.diversity="
                 f"{3 * self.config.diversity:g} uses more of them"
             )
-        if recent["choices"] > 0.1 * self.config.codes:
+        if recent["choices"] > 0.1 * self._codes:
             return (
                 f"A token is undecided among {recent['choices']:.0f} codes. A longer stage, or --set pumit.sharpness="
                 f"{3 * self.config.sharpness:g}, makes tokens sharper"
@@ -419,3 +449,21 @@ def _limited(tokens: Sequence[int], cases: Sequence[CaseInfo]) -> tuple[int, int
     reached = np.median([np.divide(case.shape, edge) for case, edge in zip(cases, edges, strict=True)], axis=0)
     z, y, x = (max(1, min(wanted, math.ceil(found))) for wanted, found in zip(tokens, reached, strict=True))
     return z, y, x
+
+
+def _new_tokenizer(config: PUMITConfig) -> Tokenizer:
+    pool = "sum" if config.size == OFFICIAL else "mean"
+    tokenizer = Tokenizer(1, config.channels, config.codes, transposed_pool=pool)
+    start_apart(tokenizer)
+    return tokenizer
+
+
+def _published(path: str) -> Tokenizer:
+    """The authors' tokenizer, for one channel."""
+    found = read_tokenizer(Path(path), gray=True)
+    logger.info("Tokenizer: %s, %d words", found.name, found.options["codes"])
+    for warning in found.warnings:
+        logger.warning("%s", warning)
+    tokenizer = Tokenizer(**found.options)
+    tokenizer.load_state_dict(found.tensors)
+    return tokenizer
