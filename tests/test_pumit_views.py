@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.case_index import channel_range
 from pretrain.method import Step
 from pretrain.methods.pumit.masking import draw_visible, masked_terms, masked_tokens, visible_count
 from pretrain.methods.pumit.method import PUMITPretraining, PUMITSpec
 from pretrain.methods.pumit.sampler import DA_2D, Crops, View, degree_of, draw_views, draw_zoom, view_size
 from pretrain.methods.pumit.views import draw_placement, other_intensities, resampled, rotation, tokens_inside
-from pretrain.volumes import CaseInfo, channel_range
+from pretrain.volumes import CaseInfo
 from tests.tiny import Array
 
 CROPS = Crops((4, 8, 8), batch=6, zoom=0.5)
