@@ -76,9 +76,7 @@ def learn(
 
 
 @cache
-def trained(
-    diversity: float = 0.1, sharpness: float | None = None, transposed_pool: Literal["sum", "mean"] = "mean"
-) -> Tokenizer:
+def trained(diversity: float, sharpness: float | None, transposed_pool: Literal["sum", "mean"]) -> Tokenizer:
     """`sharpness`: a constant weight instead of the schedule to 0.05."""
     torch.manual_seed(0)
     model = Tokenizer(1, (16, 32, 64), CODES, transposed_pool=transposed_pool)
@@ -133,8 +131,9 @@ def disagreement(model: Tokenizer, partner: int) -> float:
 
 @pytest.mark.slow
 def test_tokens_are_those_of_the_volume_whatever_its_slices() -> None:
-    """DA 1 was never trained. The control are other volumes."""
-    own, other = disagreement(trained(), 0), disagreement(trained(), 1)
+    """DA 1 was never trained. The control are other volumes; measured 0.001 against 5.7 nats."""
+    model = trained(0.1, None, "mean")
+    own, other = disagreement(model, 0), disagreement(model, 1)
     print("KL to the volume with averaged slices", own, "to another", other)
     assert own < 0.5 * other
 
