@@ -348,5 +348,15 @@ def test_a_tokenizer_is_used_again(home: Path) -> None:
         run(run="other", init="pumit", stages="mim", steps=2, settings={"pumit.codes": "32"})
 
 
+def test_a_run_that_leaves_the_transformer_alone_says_so(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "autoseg"):
+        run(run="words", stages="tokenizer", steps=2)
+        assert "does not train the encoder" in caplog.text
+        assert "--init pumit-words" in caplog.text
+        caplog.clear()
+        run(run="all", init="pumit-words", stages="mim", steps=2)
+    assert "does not train" not in caplog.text
+
+
 def test_no_tokenizer_beside_the_weights_is_none(tmp_path: Path) -> None:
     assert load_extras(tmp_path, {"tokenizer": model().tokenizer}) == []
