@@ -265,7 +265,8 @@ def _units(design: Design, configuration: str) -> float:
     """What a convolution at full resolution costs: voxels of a batch times squared features."""
     settings = resolved(design.plans[configuration], configuration)
     arguments = settings["architecture"]["arch_kwargs"]
-    features = arguments.get("feature_size") or arguments.get("embed_dim") or arguments["features_per_stage"][0]
+    # A transformer with a convolutional decoder has features at full resolution there, and few tokens.
+    features = arguments.get("feature_size") or arguments.get("features_per_stage", [arguments.get("embed_dim")])[0]
     return float(np.prod(settings["patch_size"], dtype=float)) * settings["batch_size"] * float(features) ** 2
 
 
