@@ -50,7 +50,7 @@ def over(kinds: Iterable[str]) -> pytest.MarkDecorator:
 
 every_geometry = over(GEOMETRIES)
 different_geometries = over(["two channels", "anisotropic", "2d"])
-LATE = {"pumit": 60}
+LATE = {"pumit": 50}
 """Steps of methods that begin with an answer which is the same everywhere: the mean of all words."""
 CUTS_WHAT_IS_NOT_THERE = {"pcrl"}
 """Methods that refuse no scan for its size: their windows may reach over its border."""
@@ -129,7 +129,7 @@ def test_measuring_changes_nothing_and_gives_the_same_twice(name: str) -> None:
 
 @cache
 def learned(name: str, kind: str) -> tuple[PretrainMethod, list[list[float]]]:
-    """The method after some steps on one batch a stage, and the losses of each stage."""
+    """The method after a few steps on one batch a stage, and the losses of each stage."""
     scans, model = scans_of(kind), new(name, kind)
     learnable = [p for p in model.parameters() if p.requires_grad]
     course = []
@@ -137,7 +137,7 @@ def learned(name: str, kind: str) -> tuple[PretrainMethod, list[list[float]]]:
         prepare_stage(model, phase.stage, learnable)
         optimizer = build_optimizer(phase.stage, model.parameter_groups(phase.stage))
         batch, losses = batch_of(model, scans, first), []
-        for index in range(LATE.get(name, 25 if kind == "two channels" else 15)):
+        for index in range(LATE.get(name, 15)):
             step = replace(first, index=index, global_index=first.global_index + index)
             optimizer.zero_grad()
             terms = model.backward(batch, step, lambda loss: loss.backward())
