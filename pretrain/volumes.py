@@ -63,8 +63,9 @@ class Volume:
 
     def read(self, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """Voxels (channels, *size) float32 of the box at `start`, which must lie inside."""
-        box = self.info.alignment.stored_box(self.info.shape, start, size)
-        return self.info.alignment.applied(np.asarray(self._array[(slice(None), *box)], dtype=np.float32))
+        alignment = self.info.alignment
+        box = (slice(None), *alignment.stored_box(self.info.shape, start, size))
+        return alignment.applied(np.asarray(self._array[box], dtype=np.float32))
 
     def plane(self, index: int) -> Plane:
         """One slice as an image of two dimensions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -269,8 +269,7 @@ def test_the_size_decides_what_is_left_open() -> None:
     """The tokenizers of methods/pumit.md §8 and §3.2, and the two rows of weights of §3.3."""
 
     def decided(**given: Any) -> tuple[Any, ...]:
-        config = by_size(configure(PUMITConfig, "pumit", given))
-        return config.channels, config.codes, config.mim_crop, config.diversity, config.sharpness
+        return astuple(by_size(configure(PUMITConfig, "pumit", given)))
 
     assert decided() == decided(size="s") == ((64, 128, 256), 512, (4, 8, 8), 0.1, 0.05)
     assert decided(size="B") == decided(size="l") == ((128, 256, 512), 1024, (5, 10, 10), 0.1, 0.05)

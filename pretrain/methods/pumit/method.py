@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -108,21 +108,33 @@ class PUMITConfig:
     """Of matrices; biases, norms, codes and positions have none."""
 
 
-_SMALL = {"channels": (64, 128, 256), "codes": 512, "mim_crop": (4, 8, 8), "diversity": 0.1, "sharpness": 0.05}
-_BASE = {**_SMALL, "channels": (128, 256, 512), "codes": 1024, "mim_crop": (5, 10, 10)}
-_SIZES: Mapping[str | None, Mapping[str, Any]] = {
+@dataclass(frozen=True)
+class Scale:
+    """What the size decides where the settings of these names do not."""
+
+    channels: tuple[int, int, int]
+    codes: int
+    mim_crop: tuple[int, int, int]
+    diversity: float = 0.1
+    sharpness: float = 0.05
+
+
+_SMALL = Scale((64, 128, 256), 512, (4, 8, 8))
+_BASE = Scale((128, 256, 512), 1024, (5, 10, 10))
+_SCALES: Mapping[str | None, Scale] = {
     None: _SMALL,
     "s": _SMALL,
     "b": _BASE,
     "l": _BASE,
-    # The last two from the authors' command line.
-    OFFICIAL: {**_BASE, "diversity": 0.03, "sharpness": 1.0},
+    # The weights of the authors' command line.
+    OFFICIAL: replace(_BASE, diversity=0.03, sharpness=1.0),
 }
 
 
-def by_size(config: PUMITConfig) -> PUMITConfig:
-    """The settings with what was left open decided by the size."""
-    return replace(config, **{name: v for name, v in _SIZES[config.size].items() if getattr(config, name) is None})
+def by_size(config: PUMITConfig) -> Scale:
+    """The scale of the size, with what the settings say instead."""
+    given = {field.name: getattr(config, field.name) for field in fields(Scale)}
+    return replace(_SCALES[config.size], **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,6 @@ class PUMITPretraining(PretrainMethod):
 
     @classmethod
     def plan(cls, target: Target, pool: Sequence[CaseInfo], config: PUMITConfig) -> PUMITSpec:
-        config = by_size(config)
         if config.size is not None and target.configuration != cls.configuration({"size": config.size}):
             raise SettingsError(
                 "pumit.size and the configuration contradict each other",
@@ -183,7 +194,7 @@ class PUMITPretraining(PretrainMethod):
             raise PlanError("All scans are constant", remedy="autoseg verify looks for such scans")
         wanted = {
             TOKENIZER: (config.tokenizer_crop, config.tokenizer_batch),
-            MIM: (config.mim_crop, config.mim_batch),
+            MIM: (by_size(config).mim_crop, config.mim_batch),
         }
         crops = {stage: Crops(_limited(tokens, cases), batch, config.zoom) for stage, (tokens, batch) in wanted.items()}
         if math.prod(crops[MIM].tokens[1:]) < 2:
@@ -256,9 +267,12 @@ class PUMITPretraining(PretrainMethod):
 
     def __init__(self, network: nn.Module, spec: PUMITSpec, config: PUMITConfig) -> None:
         super().__init__()
-        self.config, self.spec = by_size(config), spec
+        self.config, self.scale, self.spec = config, by_size(config), spec
         self.encoder = encoder_of(network)
-        self.tokenizer = _published(config.tokenizer) if config.tokenizer else _new_tokenizer(self.config)
+        if config.tokenizer is None:
+            self.tokenizer = _new_tokenizer(self.scale, config.size)
+        else:
+            self.tokenizer = _published(config.tokenizer)
         self._codes = self.tokenizer.quantize.embedding.num_embeddings
         width, blocks = self.encoder.vit.cls_token.shape[-1], len(self.encoder.vit.blocks)
         self.mask_block = 3 * blocks // 4 if blocks > _DEEP else 0
@@ -320,7 +334,7 @@ class PUMITPretraining(PretrainMethod):
         counted = batch["inside"] & valid[:, None]
         codes = usage(tokens, self.gather, counted)
         late = 1.0 if self.config.size == OFFICIAL else step.progress
-        prior = codes.prior(self.config.diversity, sharpness_weight(late, self.config.sharpness))
+        prior = codes.prior(self.scale.diversity, sharpness_weight(late, self.scale.sharpness))
         shown = valid.float().mean()
         # Where no view counts the result has no meaning, but a gradient, which is 0.
         output, image = (output[valid], image[valid]) if valid.any() else (0 * output, 0 * image)
@@ -380,7 +394,7 @@ class PUMITPretraining(PretrainMethod):
             raise AutosegError(
                 "The tokenizer's codebook has collapsed: every token is the same code",
                 found=f"{int(self.single_code_steps)} steps in a row, up to step {step.index + 1} of {step.total}",
-                remedy=f"start again with --overwrite and --set pumit.diversity={3 * self.config.diversity:g}, or a lower "
+                remedy=f"start again with --overwrite and --set pumit.diversity={3 * self.scale.diversity:g}, or a lower "
                 "pumit.sharpness or pumit.tokenizer_rate",
             )
 
@@ -399,12 +413,12 @@ class PUMITPretraining(PretrainMethod):
         if recent["used"] < 0.25 * self._codes:
             return (
                 f"Only {recent['used']:.0f} of {self._codes} codes are in use in a batch. --set pumit.diversity="
-                f"{3 * self.config.diversity:g} uses more of them"
+                f"{3 * self.scale.diversity:g} uses more of them"
             )
         if recent["choices"] > 0.1 * self._codes:
             return (
                 f"A token is undecided among {recent['choices']:.0f} codes. A longer stage, or --set pumit.sharpness="
-                f"{3 * self.config.sharpness:g}, makes tokens sharper"
+                f"{3 * self.scale.sharpness:g}, makes tokens sharper"
             )
         return None
 
@@ -451,9 +465,8 @@ def _limited(tokens: Sequence[int], cases: Sequence[CaseInfo]) -> tuple[int, int
     return z, y, x
 
 
-def _new_tokenizer(config: PUMITConfig) -> Tokenizer:
-    pool = "sum" if config.size == OFFICIAL else "mean"
-    tokenizer = Tokenizer(1, config.channels, config.codes, transposed_pool=pool)
+def _new_tokenizer(scale: Scale, size: str | None) -> Tokenizer:
+    tokenizer = Tokenizer(1, scale.channels, scale.codes, transposed_pool="sum" if size == OFFICIAL else "mean")
     start_apart(tokenizer)
     return tokenizer
 
