@@ -166,6 +166,15 @@ def test_turns_are_turns_in_mm() -> None:
 # Corruption -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("which", ["blur", "shuffle", "paint"])
+def test_each_corruption_has_its_own_probability(which: str) -> None:
+    crop = rng(1).normal(size=(1, 20, 20, 20)).astype(np.float32)
+    never = dict.fromkeys(("blur", "shuffle", "paint"), 0.0)
+    changed = corrupt(crop, Corruption(**{**never, which: 1.0}, outward=0.0), (1, 1, 1), rng(2))
+    assert not np.array_equal(changed, crop)
+    assert np.isin(changed, crop).all() == (which == "shuffle")
+
+
 def test_nothing_happens_at_probability_zero_and_the_crop_is_never_changed() -> None:
     crop = rng().normal(size=(2, 11, 24, 20)).astype(np.float32)
     kept = crop.copy()
