@@ -20,6 +20,14 @@ def test_scratch_is_an_arm_of_every_configuration_that_is_named():
     assert [scratch_of(arm, arms).name for arm in arms] == ["scratch", "scratch", "scratch@2d", "scratch@2d"]
 
 
+def test_a_method_with_a_network_of_its_own_brings_its_configuration_and_scratch():
+    assert names("voco,pumit,pumit[size=b]") == [
+        "scratch", "voco", "scratch@3d_fullres_sac", "pumit@3d_fullres_sac",
+        "scratch@3d_fullres_sac_b", "pumit[size=b]@3d_fullres_sac_b",
+    ]  # fmt: skip
+    assert names("pumit", "3d_fullres_sac") == ["scratch", "pumit"]
+
+
 def test_the_usual_configuration_needs_no_name():
     assert names("voco@2d,scratch@2d", "2d") == ["voco", "scratch"]
 

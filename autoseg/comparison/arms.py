@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from planners.errors import SettingsError
 from planners.run_names import check_run_name
-from pretrain.catalog import METHODS, entry
+from pretrain.catalog import METHODS, entry, load_method
 from trainers.runs import COMPARED, SCRATCH
 
 _ARM = re.compile(r"(?P<method>[A-Za-z0-9_]+)(\[(?P<options>[^][]*)\])?(@(?P<configuration>[A-Za-z0-9_]+))?")
@@ -94,6 +94,7 @@ def _parse(part: str, usual_configuration: str) -> Arm:
     if match is None:
         raise SettingsError("Not a method of a comparison", found=part, expected=_EXPECTED)
     method, options = match["method"], _options(match["options"] or "", part)
+    own: str | None = None
     if method == SCRATCH:
         if options:
             raise SettingsError("Training from new weights has no options here", found=part,
@@ -102,7 +103,8 @@ def _parse(part: str, usual_configuration: str) -> Arm:
         raise SettingsError(f"Unknown method '{method}'. Did you mean '{near[0]}'?", expected=_EXPECTED)
     else:
         entry(method)
-    return _arm(method, options, match["configuration"] or usual_configuration, usual_configuration)
+        own = load_method(method).configuration(dict(options))
+    return _arm(method, options, match["configuration"] or own or usual_configuration, usual_configuration)
 
 
 def _arm(method: str, options: tuple[tuple[str, str], ...], configuration: str, usual_configuration: str) -> Arm:
