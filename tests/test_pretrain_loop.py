@@ -20,7 +20,7 @@ from planners import paths
 from planners.errors import AutosegError, DatasetError, PlanError, PretrainedMismatch, SettingsError
 from planners.locks import sole_lock
 from planners.plans import folds
-from pretrain import training
+from pretrain import distributed, training
 from pretrain.checkpoint import load_encoder
 from pretrain.encoders import build_segmentation_network, encoder_of
 from pretrain.loop import pretrain
@@ -381,3 +381,16 @@ def test_what_does_not_exist_is_named(home: Path) -> None:
         voco(settings={"pcrl.steps": "1"})
     with pytest.raises(PlanError):
         voco(configuration="2d")
+
+
+def test_a_method_gathers_over_all_processes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Gathers(Stub):
+        def loss(self, batch: Batch, step: Step) -> Terms:
+            given.append(self.gather)
+            return super().loss(batch, step)
+
+    use_method(monkeypatch, Gathers)
+    run_stub(steps=1)
+    assert set(given) == {distributed.gather}
