@@ -1,6 +1,7 @@
 """Configurations that are added to a plan after it was made: by rule from their name, or for somebody else's network.
 
-They inherit the data of `3d_fullres` or `2d`; `2d_vit` has a spacing and data of its own. Adding one is no change of a plan something was trained from.
+They inherit the data of `3d_fullres` or `2d`; `2d_vit` has a spacing and data of its own. Adding one is no change of a plan
+something was trained from.
 """
 
 from __future__ import annotations

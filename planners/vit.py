@@ -1,4 +1,4 @@
-"""Resolution, patch, batch and memory of MedDINOv3's segmentation network: slices enlarged until tokens of 16 pixels are fine enough.
+"""Resolution, patch, batch and memory of MedDINOv3's segmentation network, whose tokens of 16 pixels need enlarged slices.
 
 Source: MedDINOv3 (arXiv:2509.02379; ricklisz/MedDINOv3), which trains on 896 × 896 pixels of what nnU-Net's 2d patch shows.
 """
@@ -44,8 +44,8 @@ def arguments_of_size(plan: Mapping, size: str | None) -> dict[str, Any]:
 def choose_vit(plan: Mapping, parent: Mapping, arguments: Mapping[str, Any]) -> Choice:
     """Patch, its spacing, batch and network.
 
-    The patch shows what that of `parent` shows, with more pixels: at most 4 times as many a side and 896 on the longer one, but at
-    least 224 on the shorter one; in the small plan 224 on the shorter one. It has fewer where the memory does not suffice.
+    The patch shows what that of `parent` shows, with more pixels: at most 4 times as many a side and 896 on the longer one, but
+    at least 224 on the shorter one; in the small plan 224 on the shorter one. Fewer where the memory does not suffice.
 
     Args:
         parent: the resolved configuration whose field of view is taken, in 2d.
@@ -66,8 +66,9 @@ def choose_vit(plan: Mapping, parent: Mapping, arguments: Mapping[str, Any]) -> 
     wanted = patch = _enlarged(shown, factor)
     while _count(patch) > most or size(patch, _BATCH) > memory:
         if max(patch) == TOKEN:
+            width = arguments["embed_dim"]
             raise PlanError(
-                f"MedDINOv3 with {arguments['embed_dim']} features a token cannot be trained in the memory the plan is made for",
+                f"MedDINOv3 with {width} features a token cannot be trained in the memory the plan is made for",
                 found=f"about {size(patch, _BATCH):.1f} GB with the smallest patch, {times(patch)}, and batch {_BATCH}",
                 expected=f"at most {memory:g} GB",
                 remedy=f"plan for more (--gpu-memory {math.ceil(size(patch, _BATCH))}), or a smaller network (2d_vit_small)",
@@ -100,7 +101,7 @@ def choose_vit(plan: Mapping, parent: Mapping, arguments: Mapping[str, Any]) -> 
         + f"; no deep supervision, {'without' if small else 'with'} gradient checkpointing",
         network_change="-c 2d_vit_SIZE",
         spacing=spacing,
-        spacing_because=f"that of 2d, {times([float(s) for s in parent['spacing']])}, so that the patch shows the same with more pixels",
+        spacing_because=f"from {times([float(s) for s in parent['spacing']])} of 2d: the patch shows the same with more pixels",
     )
 
 

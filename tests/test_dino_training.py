@@ -25,12 +25,15 @@ from trainers.train import train
 NAME = "2d_vit"
 
 
-def vit_plan() -> dict:
-    """Of patches that hold a slice whole."""
+def vit_plan(width: int, heads: int) -> dict:
+    """Of patches that hold a slice whole, with a transformer of four blocks, less than tiny."""
     plan = tiny_plan(dims=2)
     plan["autoseg"] = {"budget": "cpu", "gpu_memory_gb": 8, "labels": 3}
     plan["configurations"]["2d"]["patch_size"] = [28, 24]
-    return with_configuration(plan, NAME)
+    plan = with_configuration(plan, NAME)
+    arguments = plan["configurations"][NAME]["architecture"]["arch_kwargs"]
+    arguments |= {"embed_dim": width, "depth": 4, "num_heads": heads}
+    return plan
 
 
 @pytest.fixture
@@ -40,10 +43,8 @@ def tiny(tmp_path):
 
 
 def trainer_of(**options) -> AutosegTrainer:
-    """With a network of four blocks and its optimiser, without data."""
-    plan = vit_plan()
-    arguments = plan["configurations"][NAME]["architecture"]["arch_kwargs"]
-    arguments |= {"embed_dim": 24, "depth": 4, "num_heads": 2}
+    """With its network and optimiser, without data."""
+    plan = vit_plan(24, 2)
     chosen = AutosegTrainer(plan, NAME, 0, dataset_json(), torch.device("cpu")).settings
     plan["autoseg"]["train"] = {**vars(chosen), **options}
     trainer = AutosegTrainer(plan, NAME, 0, dataset_json(), torch.device("cpu"))
@@ -110,7 +111,7 @@ def test_rates_can_fall_from_block_to_block_too(tiny):
 
 @pytest.mark.slow
 def test_it_is_trained_and_both_predict_the_same(tiny, tmp_path):
-    write_tiny_plan(vit_plan())
+    write_tiny_plan(vit_plan(96, 3))
     chosen = {"epochs": 1, "iterations": 12, "lr": 2e-3, "warm_up": 0.0}
     fold = train(901, plan="tinyPlans", configuration=NAME, settings=chosen, device="cpu")[0]
     assert (fold / "validation" / "summary.json").is_file()

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.networks.dino_vit import TOKEN, DinoViT
 
 _STAGES = int(math.log2(TOKEN))
-_CHECKPOINTED = 2
+_COARSE = 2
 
 
 class MedDINOv3(nn.Module):
@@ -29,8 +29,8 @@ class MedDINOv3(nn.Module):
         num_heads: attention heads of each block.
         taken: blocks whose maps the decoder sees; the last one alone is the paper's single-scale network. None: four blocks.
         eps, qkv_bias, drop_path: as in `DinoViT`.
-        use_checkpoint: compute the two finest stages of the decoder once more in the backward pass instead of keeping what
-            they computed.
+        use_checkpoint: compute the two finest stages of the decoder once more in the backward pass, one image at a time,
+            instead of keeping what they computed.
         deep_supervision: only False; the argument is part of nnU-Net's call.
     """
 
@@ -76,7 +76,7 @@ class UpDecoder(nn.Module):
     def __init__(self, channels: int, num_classes: int, *, use_checkpoint: bool = False) -> None:
         super().__init__()
         self.use_checkpoint = use_checkpoint
-        self.stages = nn.ModuleList()
+        self.stages = nn.Sequential()
         for _ in range(_STAGES):
             up = nn.ConvTranspose2d(channels, channels // 2, 2, 2)
             self.stages.append(nn.Sequential(up, ChannelNorm(channels // 2, eps=1e-6), nn.GELU()))
@@ -86,10 +86,14 @@ class UpDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, y, x) to (B, classes, 16 y, 16 x)."""
-        for index, stage in enumerate(self.stages):
-            again = self.use_checkpoint and self.training and index >= _STAGES - _CHECKPOINTED
-            x = checkpoint(stage, x, use_reentrant=False) if again else stage(x)
-        return self.seg_layer(x)
+        x = self.stages[:_COARSE](x)
+        if not (self.use_checkpoint and torch.is_grad_enabled()):
+            return self._finish(x)
+        # One image at a time: all at once would be computed again at once, and save next to nothing at the peak.
+        return torch.cat([checkpoint(self._finish, image, use_reentrant=False) for image in x.split(1)])
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return self.seg_layer(self.stages[_COARSE:](x))
 
 
 class ChannelNorm(nn.LayerNorm):

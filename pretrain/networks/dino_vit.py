@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm
@@ -81,12 +82,13 @@ class DinoViT(Eva):
         if drop_path:  # timm's own argument grows with depth
             for block in self.blocks:
                 block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
-        self.rope.rescale_coords, self.rope.aug_active = rope_rescale, rope_rescale is not None
+        rope: Any = self.rope
+        rope.rescale_coords, rope.aug_active = rope_rescale, rope_rescale is not None
         self.taken = list(four_blocks(depth) if taken is None else taken)
         self.output_channels = [embed_dim] * len(self.taken)
         self.strides = [[TOKEN, TOKEN], *[[1, 1]] * (len(self.taken) - 1)]
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
         """(B, C, y, x) to the maps (B, embed_dim, y/16, x/16) of the blocks `taken`, each after the last norm.
 
         y and x must be multiples of 16 (PlanError).
