@@ -9,7 +9,7 @@ import pytest
 from planners.configurations import carried_over, configuration_like, derivable, with_configuration
 from planners.errors import PlanError
 from planners.plans import preprocessing_hash, resolved
-from planners.vit import training_gb
+from planners.vit import SIZES, training_gb
 from pretrain.encoders import build_segmentation_network, encoder_info
 from tests.test_configurations import plan_for, rows
 from tests.tiny import dataset_json
@@ -111,6 +111,20 @@ def test_the_patch_shrinks_with_the_memory_and_says_so():
 def test_the_batch_grows_with_the_memory_up_to_that_of_2d():
     batches = [vit("2d_vit_small", memory=memory)["batch_size"] for memory in (12, 24, 1000)]
     assert 2 <= batches[0] < batches[1] < batches[2] == 12
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "batch", "labels", "measured"),
+    [
+        ("base", (896, 896), 2, 14, 9.13),
+        ("base", (640, 320), 4, 3, 4.596),
+        ("small", (512, 512), 2, 40, 1.684),
+        ("tiny", (224, 224), 2, 14, 0.307),
+    ],
+)
+def test_the_memory_estimate_is_what_was_measured_or_a_little_more(size, patch, batch, labels, measured):
+    estimate = training_gb(patch, {**SIZES[size], "taken": None}, batch, half=size != "tiny", labels=labels)
+    assert 1 <= estimate / measured <= 1.12
 
 
 def test_plan_and_network_agree():
