@@ -1,6 +1,7 @@
 """Configurations that are added to a plan after it was made: by rule from their name, or for somebody else's network.
 
-They inherit the data of `3d_fullres` or `2d`. Adding one is no change of a plan something was trained from.
+They inherit the data of `3d_fullres` or `2d`; `2d_vit` has a spacing and data of its own. Adding one is no change of a plan
+something was trained from.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from planners.sac import NETWORK as PUMIT
 from planners.sac import SIZES, arguments_of_size, choose_sac
 from planners.swin import NETWORK as SWIN
 from planners.swin import choose_swin, default_features
+from planners.vit import NETWORK as MEDDINOV3
+from planners.vit import SIZES as VIT_SIZES
+from planners.vit import arguments_of_size as vit_of_size
+from planners.vit import choose_vit, own_data
 
 logger = logging.getLogger("autoseg")
 
@@ -61,10 +66,15 @@ def _choose_sac(plan: dict, parent: dict, size: str | None) -> Choice:
     return choose_sac(plan, parent, arguments_of_size(plan, size))
 
 
+def _choose_vit(plan: dict, parent: dict, size: str | None) -> Choice:
+    return choose_vit(plan, parent, vit_of_size(plan, size))
+
+
 _RULES = {
     "3d_fullres_swin": _swin_rule(use_v2=True),
     "3d_fullres_swin1": _swin_rule(use_v2=False),
     "3d_fullres_sac": _Rule("3d_fullres", ", ".join(SIZES), SIZES.__contains__, _choose_sac),
+    "2d_vit": _Rule("2d", ", ".join(VIT_SIZES), VIT_SIZES.__contains__, _choose_vit),
 }
 
 
@@ -97,8 +107,8 @@ def with_configuration(plan: Mapping, name: str, content: Mapping | None = None)
 def configuration_like(plan: Mapping, architecture: Mapping, *, patch_size: Sequence[int] | None = None) -> dict:
     """The content of a configuration with the network of `architecture` (a plan's entry) on the plan's data.
 
-    SwinUNETR and PUMIT get the patch of `3d_fullres_swin` and `3d_fullres_sac`, Primus multiples of its tokens, PCRL's
-    U-Net multiples of 8, another U-Net the plan's strides and kernels.
+    SwinUNETR, PUMIT and MedDINOv3 get the patch of `3d_fullres_swin`, `3d_fullres_sac` and `2d_vit`, Primus multiples of its
+    tokens, PCRL's U-Net multiples of 8, another U-Net the plan's strides and kernels.
     `architecture` must have been looked up in the table of networks. Raises PlanError for a network without a rule.
 
     Args:
@@ -112,6 +122,8 @@ def configuration_like(plan: Mapping, architecture: Mapping, *, patch_size: Sequ
     )
     if name in (SWIN, PUMIT, PRIMUS, PCRL_UNET):
         parent = "3d_fullres"
+    elif name == MEDDINOV3:
+        parent = "2d"
     data = resolved(dict(plan), parent)
     if name == SWIN:
         arguments = {k: v for k, v in architecture["arch_kwargs"].items() if k != "use_checkpoint"}
@@ -119,6 +131,9 @@ def configuration_like(plan: Mapping, architecture: Mapping, *, patch_size: Sequ
     elif name == PUMIT:
         arguments = {k: v for k, v in architecture["arch_kwargs"].items() if k != "strides"}
         choice = choose_sac(plan, data, arguments, patch_size=patch_size)
+    elif name == MEDDINOV3:
+        arguments = {k: v for k, v in architecture["arch_kwargs"].items() if k != "use_checkpoint"}
+        choice = choose_vit(plan, data, arguments)
     elif name == PRIMUS:
         choice = choose_primus(plan, data, architecture, patch_size=patch_size)
     elif name == PCRL_UNET:
@@ -129,7 +144,7 @@ def configuration_like(plan: Mapping, architecture: Mapping, *, patch_size: Sequ
         raise PlanError(
             "No rule for this network",
             found=name,
-            expected=", ".join(("SwinUNETR", "PUMIT", "Primus", "PCRLUNet", *UNETS)),
+            expected=", ".join(("SwinUNETR", "PUMIT", "MedDINOv3", "Primus", "PCRLUNet", *UNETS)),
         )
     return _content(choice, parent, data)
 
@@ -196,7 +211,7 @@ def _derived(plan: Mapping, name: str) -> dict:
         raise PlanError(
             f"Plan {plan['plans_name']} has no configuration {name}",
             found=", ".join(plan["configurations"]),
-            expected="one of these, or on 3d_fullres "
+            expected="one of these, or where 3d_fullres or 2d is among them "
             + ", ".join(f"{n}[_SIZE] (SIZE: {rule.sizes})" for n, rule in _RULES.items()),
             remedy="choose one of these with -c",
         )
@@ -209,6 +224,7 @@ def _content(choice: Choice, parent: str, data: dict) -> dict[str, Any]:
     """A configuration as it stands in a plan; its `autoseg` key is whole, because it replaces the parent's."""
     content = {
         "inherits_from": parent,
+        **(own_data(choice, data) if choice.spacing is not None else {}),
         "patch_size": choice.patch_size,
         "batch_size": choice.batch_size,
         "architecture": choice.architecture,

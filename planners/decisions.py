@@ -41,6 +41,9 @@ class Choice:
     network: str
     network_because: str
     network_change: str
+    spacing: list[float] | None = None
+    """In mm, where it is not that of the configuration whose data are used."""
+    spacing_because: str = ""
 
 
 def explain(
@@ -71,7 +74,10 @@ def explain(
 def explain_added(choice: Choice, parent: Mapping[str, Any]) -> list[Decision]:
     """The rows for a configuration that is added on the data of another, `parent`, which is resolved."""
     own = parent.get("autoseg", {})
-    rows = [Decision(**row) for row in own.get("decisions", []) if row["name"].startswith(("spacing", "intensity"))]
+    kept = ("spacing", "intensity") if choice.spacing is None else ("intensity",)
+    rows = [Decision(**row) for row in own.get("decisions", []) if row["name"].startswith(kept)]
+    if choice.spacing is not None:
+        rows.insert(0, Decision("spacing, mm", times(choice.spacing), choice.spacing_because, "--spacing Z,Y,X"))
     if len(parent["spacing"]) == 3:
         because = _thickness(parent["spacing"])
         because += "; the network halves all axes alike" if choice.alike else "; strides and kernels follow from it"

@@ -1,6 +1,10 @@
-"""What each of two processes does in the tests of terms and numbers of both. Imports little: both processes start afresh."""
+"""Two processes in tests of gathered terms: real ones, which import little as they start afresh, and threads in their place."""
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -41,3 +45,27 @@ def one_process(rank: int, place: str) -> None:
     means = mean(MEASURED[rank], torch.device("cpu"))
     torch.save({"joint": joint.detach(), "gradients": gradients, "means": means}, f"{place}/{rank}.pt")
     distributed.destroy_process_group()
+
+
+def two_threads(
+    compute: Callable[[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], Any], parts: Sequence
+) -> list:
+    """What `compute(part, gather)` returns in each of two threads that exchange what they gather, in one graph."""
+    meet, slots, found = threading.Barrier(2, timeout=60), [torch.empty(0)] * 2, [None, None]
+
+    def rank(number: int) -> None:
+        def exchange(tensor: torch.Tensor) -> torch.Tensor:
+            slots[number] = tensor
+            meet.wait()
+            both = torch.cat(slots)
+            meet.wait()  # before a slot is used again
+            return both
+
+        found[number] = compute(parts[number], exchange)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found

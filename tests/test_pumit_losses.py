@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import threading
 
 import pytest
 import torch
 from torch import Tensor
 
-from pretrain.methods.pumit.losses import Usage, code_counts, entropy, reconstruction, sharpness_weight, usage
+from pretrain.methods.pumit.losses import code_counts, entropy, reconstruction, sharpness_weight, usage
+from tests.gathering import two_threads
 
 
 def itself(tensor: Tensor) -> Tensor:
@@ -109,33 +109,13 @@ def test_entropies_are_taken_in_float32() -> None:
     assert float(found.unevenness) == pytest.approx(0, abs=1e-5)
 
 
-def two_ranks(parts: list[Tensor]) -> list[Usage]:
-    """Two threads that exchange what they gather, in one graph."""
-    meet, slots, found = threading.Barrier(2, timeout=60), [torch.empty(0)] * 2, [None, None]
-
-    def rank(number: int) -> None:
-        def exchange(tensor: Tensor) -> Tensor:
-            slots[number] = tensor
-            meet.wait()
-            return torch.cat(slots)
-
-        found[number] = usage(parts[number], exchange)  # type: ignore[call-overload]
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("first", [6, 2], ids=["equal", "unequal"])
 def test_two_processes_regularise_the_joint_batch(first: int) -> None:
     """Value and averaged gradient, also where one process has fewer tokens."""
     logits = torch.randn(12, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
     joint = usage(logits.softmax(-1), itself)
     (expected,) = torch.autograd.grad(joint.prior(0.7, 0.2), logits)
-    ranks = two_ranks(list(logits.softmax(-1).split([first, 12 - first])))
+    ranks = two_threads(usage, logits.softmax(-1).split([first, 12 - first]))
     priors = [found.prior(0.7, 0.2) for found in ranks]
     (found,) = torch.autograd.grad(sum(priors) / 2, logits)  # type: ignore[arg-type]
     assert [float(prior.detach()) for prior in priors] == pytest.approx([float(joint.prior(0.7, 0.2).detach())] * 2)

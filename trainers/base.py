@@ -173,13 +173,15 @@ class AutosegTrainer(nnUNetTrainer):
         for parameter in encoder.parameters():
             others.pop(id(parameter), None)
         groups = [
-            {"params": parameters, "part": "encoder", "scale": scale}
+            {"params": parameters, "part": "encoder", "scale": scale * self.settings.encoder_lr}
             for parameters, scale in _layers(encoder, self.settings.llrd)
         ]
         groups.append({"params": list(others.values()), "part": "other", "scale": 1.0})
+        if self.settings.decayed == "matrices":
+            groups = _without_decay_of_vectors(groups, self.network)
         decay, optimizer = self.settings.weight_decay, self.settings.optimizer
         made: torch.optim.Optimizer = (
-            torch.optim.AdamW(groups, self.settings.lr, weight_decay=decay)
+            torch.optim.AdamW(groups, self.settings.lr, betas=(0.9, self.settings.beta2), weight_decay=decay)
             if optimizer == "adamw"
             else torch.optim.SGD(groups, self.settings.lr, weight_decay=decay, momentum=0.99, nesterov=True)
         )
@@ -427,11 +429,22 @@ def _layers(encoder: Any, decay: float) -> list[tuple[list[nn.Parameter], float]
         raise SettingsError(
             "Layer-wise decay of the learning rate needs a network that says what its layers are",
             found=f"train.llrd={decay:g} with the encoder {type(encoder).__name__}",
-            expected="-c 3d_fullres_sac",
+            expected="-c 3d_fullres_sac or 2d_vit",
             remedy="leave train.llrd out",
         )
     layers = encoder.layers()
     return [(layer, decay ** (len(layers) - 1 - index)) for index, layer in enumerate(layers)]
+
+
+def _without_decay_of_vectors(groups: list[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:
+    """The groups, each in two: what decays, and norms, biases, scales and tokens, which do not."""
+    vectors = {id(p) for name, p in network.named_parameters() if p.ndim < 2 or name.endswith("_token")}
+    halves = []
+    for group in groups:
+        kept = [p for p in group["params"] if id(p) in vectors]
+        halves.append({**group, "params": [p for p in group["params"] if id(p) not in vectors]})
+        halves.append({**group, "params": kept, "weight_decay": 0.0})
+    return [group for group in halves if group["params"]]
 
 
 def _settings(plans: dict, configuration: str, device: torch.device) -> TrainSettings:

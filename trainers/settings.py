@@ -38,11 +38,17 @@ class TrainSettings:
     """Learning rate at the end."""
     llrd: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Layer-wise decay of the rate: each block of a transformer has this share of the rate of the block after it, the tokens
-    and positions that of the first block, and the decoder the whole. Below 1 only for `3d_fullres_sac`."""
-    schedule: Literal["poly", "cosine"] = "poly"
-    """How the rate falls to its end: `poly` as (1 - progress)^0.9, as nnU-Net, or `cosine` as half a wave."""
+    and positions that of the first block, and the decoder the whole. Below 1 only for `3d_fullres_sac` and `2d_vit`."""
+    encoder_lr: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the rate that the encoder has, all its layers alike."""
+    schedule: Literal["poly", "linear", "cosine"] = "poly"
+    """How the rate falls to its end: `poly` as (1 - progress)^0.9, as nnU-Net, `linear`, or `cosine` as half a wave."""
     weight_decay: Annotated[float, Field(ge=0)] = 3e-5
     """Weight decay."""
+    decayed: Literal["all", "matrices"] = "all"
+    """What decays: `all` weights, or `matrices` and kernels alone, not norms, biases, scales and tokens."""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """How much of AdamW's average of squared gradients is kept at each iteration."""
     clip: Annotated[float, Field(gt=0, le=12)] = 12.0
     """Largest norm of the gradient of all weights; a longer one is shortened to it. 12 is nnU-Net's."""
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -83,7 +89,7 @@ class Resolved:
         return [(f"train.{key}", f"{values[key]}", self.origins[key]) for key in KEYS]
 
 
-TRANSFORMERS = ("SwinUNETR", "Primus", "PUMIT")
+TRANSFORMERS = ("SwinUNETR", "Primus", "PUMIT", "MedDINOv3")
 """Networks that are trained with AdamW by their published recipes, however long."""
 
 
@@ -121,6 +127,11 @@ def resolve(given: Mapping[str, Any], *, budget: str, device: str, pretrained: b
         by_rule(lr=1e-4, lr_end=1e-6, weight_decay=5e-2, warm_up=0.1, schedule="cosine", clip=1.0)
         if pretrained:
             by_rule(llrd=0.85)
+    elif optimizer == "adamw" and network == "MedDINOv3":
+        # ricklisz/MedDINOv3, the trainers of its own weights; the warm-up and what does not decay are ours
+        by_rule(lr=3e-4, weight_decay=5e-2, decayed="matrices", beta2=0.98, warm_up=0.01, schedule="linear")
+        if pretrained:
+            by_rule(encoder_lr=0.1)
     elif optimizer == "adamw":
         by_rule(lr=2e-3)
     elif pretrained and total >= LONG_ITERATIONS:
@@ -140,5 +151,7 @@ def learning_rate(settings: TrainSettings, progress: float) -> float:
     if progress < settings.warm_up:
         return settings.lr * progress / settings.warm_up
     rest = min((progress - settings.warm_up) / (1 - settings.warm_up), 1.0)
-    share = (1 + cos(pi * rest)) / 2 if settings.schedule == "cosine" else (1 - rest) ** 0.9
+    share = (1 + cos(pi * rest)) / 2 if settings.schedule == "cosine" else 1 - rest
+    if settings.schedule == "poly":
+        share **= 0.9
     return settings.lr_end + (settings.lr - settings.lr_end) * share

@@ -13,6 +13,7 @@ _CLASSES = {
     "Primus": "pretrain.networks.primus",
     "PCRLUNet": "pretrain.networks.pcrl_unet",
     "PUMIT": "pretrain.networks.pumit",
+    "MedDINOv3": "pretrain.networks.dino",
 }
 
 

@@ -27,9 +27,15 @@ NETWORKS: dict[str, str] = {
     "pretrain.networks.Primus": "pretrain.networks.Primus",
     "pretrain.networks.PCRLUNet": "pretrain.networks.PCRLUNet",
     "pretrain.networks.PUMIT": "pretrain.networks.PUMIT",
+    "pretrain.networks.MedDINOv3": "pretrain.networks.MedDINOv3",
 }
 
-_ONE_OUTPUT = ("pretrain.networks.SwinUNETR", "pretrain.networks.Primus", "pretrain.networks.PCRLUNet")
+_ONE_OUTPUT = (
+    "pretrain.networks.SwinUNETR",
+    "pretrain.networks.Primus",
+    "pretrain.networks.PCRLUNet",
+    "pretrain.networks.MedDINOv3",
+)
 
 _LAYER_MODULES: dict[str, tuple[str, ...]] = {
     "conv": ("Conv2d", "Conv3d"),

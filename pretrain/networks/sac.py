@@ -82,11 +82,11 @@ def degree_of_planes(stride: int) -> int:
 
 
 def require_multiple(size: Sequence[int], multiple: Sequence[int]) -> None:
-    """Raise PlanError unless each of `size` (z, y, x), in voxels, is a multiple of the number below it."""
+    """Raise PlanError unless each of `size`, (z, y, x) or (y, x) in voxels, is a multiple of the number below it."""
     if any(voxels % number for voxels, number in zip(size, multiple, strict=True)):
         raise PlanError(
             "Voxels at the end of an image would be left out",
-            found=f"{' × '.join(map(str, size))} voxels (z, y, x)",
+            found=f"{' × '.join(map(str, size))} voxels ({', '.join('zyx'[-len(size) :])})",
             expected=f"multiples of {' × '.join(map(str, multiple))}",
             remedy="pad the image at the end with background and crop the result",
         )
