@@ -109,7 +109,7 @@ def test_the_patch_shrinks_with_the_memory_and_says_so():
 
 
 def test_the_batch_grows_with_the_memory_up_to_that_of_2d():
-    batches = [vit("2d_vit_small", memory=memory)["batch_size"] for memory in (12, 24, 1000)]
+    batches = [vit("2d_vit_small", memory=memory)["batch_size"] for memory in (6, 12, 1000)]
     assert 2 <= batches[0] < batches[1] < batches[2] == 12
 
 
