@@ -17,7 +17,8 @@ from torch import nn
 from planners.sac import SIZES
 from pretrain.method import Batch, Step
 from pretrain.methods.pumit.masking import visible_count
-from pretrain.methods.pumit.method import PUMITConfig, PUMITPretraining
+from pretrain.methods.pumit.method import PUMITPretraining
+from pretrain.methods.pumit.settings import PUMITConfig
 from pretrain.networks.pumit import PUMITEncoder
 from pretrain.optimise import build_optimizer, prepare_stage
 

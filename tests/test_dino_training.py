@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,10 +10,9 @@ from planners import paths
 from planners.configurations import with_configuration
 from tests.test_settings import settings
 from tests.tiny import dataset_json, tiny_plan, write_tiny_dataset, write_tiny_plan
-from tests.trained import read
+from tests.trained import predict_with_nnunet, read
 from trainers.base import AutosegTrainer
 from trainers.predict import predict
-from trainers.runs import stock_command
 from trainers.settings import learning_rate
 from trainers.train import train
 
@@ -117,17 +111,7 @@ def test_it_is_trained_and_both_predict_the_same(tiny, tmp_path):
     assert (fold / "validation" / "summary.json").is_file()
     scans = paths.raw("Dataset901_Tiny") / "imagesTs"
     ours = predict(scans, tmp_path / "ours", model_folder=fold.parent, device="cpu")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AUTOSEG", "TORCH_"))}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    arguments = stock_command(fold.parent, (0,), "cpu").split()[1:]
-    arguments = [{"INPUT": str(scans), "OUTPUT": str(tmp_path / "stock")}.get(a, a) for a in arguments]
-    start = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point; predict_entry_point()"
-    script = tmp_path / "stock.py"
-    script.write_text(f"if __name__ == '__main__':\n    {start}\n")
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    predict_with_nnunet(fold.parent, scans, tmp_path / "stock")
     for mask in ours.written:
         assert (read(mask) == read(tmp_path / "stock" / mask.name)).mean() >= 0.999
         assert len(np.unique(read(mask))) > 1  # a mask without structures would agree whatever the weights are

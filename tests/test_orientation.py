@@ -20,7 +20,7 @@ from pretrain.orientation import AS_STORED, alignment, orientation
 from pretrain.pools import aligned, build_pool, lying_alike, thickest_first
 from pretrain.volumes import Pool, Volume, Volumes
 from tests.stubs import make_home
-from tests.tiny import DATASET, Array, tiny_plan, tiny_scan, write_image
+from tests.tiny import DATASET, Array, tiny_plan, tiny_scan, write_image, write_tiny_plan
 
 AXES = ("LR", "PA", "SI")
 ORIENTATIONS = ["".join(letters) for order in permutations(AXES) for letters in product(*order)]
@@ -84,8 +84,7 @@ def lying_differently(tmp_path: Path) -> Pool:
     write_cases(["LPS", "LPS", "RAS", "LAI", "SRP"], paths.raw(DATASET))
     plan = tiny_plan()
     plan["configurations"]["3d_fullres"]["spacing"] = [1.0, 1.0, 1.0]
-    plan_file = paths.preprocessed(DATASET) / "tinyPlans.json"
-    plan_file.write_text(__import__("json").dumps(plan))
+    write_tiny_plan(plan)
     pool = build_pool(load_dataset(DATASET), plan, "3d_fullres", workers=0)
     os.environ.clear()
     os.environ.update(before)

@@ -12,7 +12,7 @@ import SimpleITK
 from PIL import Image
 
 from planners import paths
-from planners.dataset import load_dataset, single_images
+from planners.dataset import Case, load_dataset, single_images
 from planners.errors import DatasetError
 from planners.files import read_json
 from planners.own_grid import own_grid_plan
@@ -97,7 +97,7 @@ def test_the_home_datasets_own_data_are_untouched(pool: Pool) -> None:
 
 
 def test_the_plans_intensities_are_kept_for_scans_of_the_same_kind() -> None:
-    case = single_images_case()
+    case = Case("a", (Path("a.nii.gz"),))
     plan = tiny_plan()
     plan["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
     kept = own_grid_plan(plan, "3d_fullres", case, home_intensities=True)
@@ -105,12 +105,6 @@ def test_the_plans_intensities_are_kept_for_scans_of_the_same_kind() -> None:
     other = own_grid_plan(plan, "3d_fullres", case, home_intensities=False)
     assert set(other["configurations"]["3d_fullres"]["normalization_schemes"]) == {"ZScoreNormalization"}
     assert plan["configurations"]["3d_fullres"]["resampling_fn_data"] == "resample_data_or_seg_to_shape"
-
-
-def single_images_case():
-    from planners.dataset import Case
-
-    return Case("a", (Path("a.nii.gz"),))
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ import torch
 from planners.configurations import with_configuration
 from pretrain.encoders import build_segmentation_network, encoder_info
 from pretrain.method import Batch, Step, Target
-from pretrain.methods.pumit.method import PUMITConfig, PUMITPretraining
+from pretrain.methods.pumit.method import PUMITPretraining
 from pretrain.methods.pumit.sampler import Crops
+from pretrain.methods.pumit.settings import PUMITConfig
 from pretrain.optimise import build_optimizer, prepare_stage, set_rates
 from tests.tiny import Array, dataset_json, tiny_plan
 

@@ -23,7 +23,8 @@ from pretrain.importers.pumit import read_tokenizer
 from pretrain.loop import pretrain
 from pretrain.method import Batch, Step, Target
 from pretrain.methods.pumit.masking import masked_tokens
-from pretrain.methods.pumit.method import PUMITConfig, PUMITPretraining, by_size
+from pretrain.methods.pumit.method import PUMITPretraining
+from pretrain.methods.pumit.settings import PUMITConfig, by_size
 from pretrain.networks.sac import SACConvTranspose3d
 from pretrain.optimise import build_optimizer, prepare_stage
 from pretrain.settings import configure

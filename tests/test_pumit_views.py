@@ -14,7 +14,7 @@ from pretrain.method import Step
 from pretrain.methods.pumit.masking import draw_visible, masked_terms, masked_tokens, visible_count
 from pretrain.methods.pumit.method import PUMITPretraining, PUMITSpec
 from pretrain.methods.pumit.sampler import DA_2D, Crops, View, degree_of, draw_views, draw_zoom, view_size
-from pretrain.methods.pumit.views import draw_placement, other_intensities, resampled, rotation, tokens_inside
+from pretrain.methods.pumit.views import draw_placement, other_intensities, resampled, tokens_inside
 from pretrain.volumes import CaseInfo
 from tests.tiny import Array
 
@@ -183,13 +183,6 @@ def test_a_turned_view_keeps_lengths_in_mm_and_thick_slices_stay_flat() -> None:
             assert np.allclose(length, spacing[axis] * view.zoom[axis], atol=1e-2)
         assert not np.allclose(matrix[1, 2], 0)
         assert (abs(matrix[0, 1:]) < 1e-9).all() == flat
-
-
-def test_a_rotation_keeps_lengths_and_handedness() -> None:
-    turn = rotation([0.3, -0.2, 0.1])
-    assert np.allclose(turn @ turn.T, np.eye(3))
-    assert np.linalg.det(turn) == pytest.approx(1)
-    assert np.allclose(rotation([np.pi / 2, 0, 0]) @ [0, 1, 0], [0, 0, 1])
 
 
 def test_views_lie_in_the_foreground_where_they_fit() -> None:

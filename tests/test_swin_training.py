@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,12 +21,11 @@ from pretrain.transfer import transfer
 from pretrain.volumes import CaseInfo
 from tests.test_nnunet_roundtrip import margin
 from tests.tiny import DATASET, dataset_json, tiny_plan, write_tiny_dataset, write_tiny_plan
-from tests.trained import read
+from tests.trained import predict_with_nnunet, read
 from trainers.base import AutosegTrainer
 from trainers.checkpoint import load_checkpoint
 from trainers.predict import predict
 from trainers.predictor import AutosegPredictor
-from trainers.runs import stock_command
 from trainers.train import train
 
 NAME = "3d_fullres_swin_12"
@@ -165,17 +160,7 @@ def test_voco_training_and_both_ways_to_predict(tiny, tmp_path):
     scans = paths.raw(DATASET) / "imagesTs"
     ours = predict(scans, tmp_path / "ours", model_folder=fold.parent, device="cpu")
 
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AUTOSEG", "TORCH_"))}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    arguments = stock_command(fold.parent, (0,), "cpu").split()[1:]
-    arguments = [{"INPUT": str(scans), "OUTPUT": str(tmp_path / "stock")}.get(a, a) for a in arguments]
-    start = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point; predict_entry_point()"
-    script = tmp_path / "stock.py"
-    script.write_text(f"if __name__ == '__main__':\n    {start}\n")
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    predict_with_nnunet(fold.parent, scans, tmp_path / "stock")
     predictor = AutosegPredictor(torch.device("cpu"))
     predictor.initialize_from_trained_model_folder(fold.parent)
     for mask in ours.written:

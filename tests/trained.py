@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,3 +56,20 @@ def read(file: Path) -> np.ndarray:
 def dice(a: np.ndarray, b: np.ndarray) -> float:
     """Dice of two boolean masks."""
     return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def predict_with_nnunet(model: Path, scans: Path, output: Path) -> None:
+    """Masks of a folder by `nnUNetv2_predict` where autoseg is installed; its command is in a file, for its workers to find."""
+    from trainers.runs import stock_command
+
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AUTOSEG", "TORCH_"))}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    arguments = stock_command(model, (0,), "cpu").split()[1:]
+    arguments = [{"INPUT": str(scans), "OUTPUT": str(output)}.get(a, a) for a in arguments]
+    start = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point; predict_entry_point()"
+    script = output.with_name("predict_with_nnunet.py")
+    script.write_text(f"if __name__ == '__main__':\n    {start}\n")
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

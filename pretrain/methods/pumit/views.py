@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.ndimage import affine_transform
+from scipy.spatial.transform import Rotation
 
 from pretrain.methods.pumit.sampler import View
 from pretrain.volumes import CaseInfo, Volume
@@ -43,24 +44,13 @@ def draw_placement(
     if rng.random() < rotate:
         tilted = view.size[0] > 1 and seen_mm[0] / min(seen_mm[1:]) <= _NEARLY_ISOTROPIC
         most = (_IN_PLANE, _OUT_OF_PLANE, _OUT_OF_PLANE) if tilted else (_IN_PLANE, 0.0, 0.0)
-        turn = rotation([math.radians(rng.uniform(-angle, angle)) for angle in most])
+        # About z, then y, then x: scipy names axes by their place.
+        turn = Rotation.from_euler("xyz", [rng.uniform(-angle, angle) for angle in most], degrees=True).as_matrix()
     flips = np.where(rng.random(3) < mirror, -1.0, 1.0)
     # Turned in mm, about the middle of the view.
     matrix = (turn * (seen_mm * flips)) / spacing[:, None]
     middle = np.array(start) + (np.array(field) - 1) / 2
     return matrix, middle - matrix @ ((np.array(view.size) - 1) / 2)
-
-
-def rotation(angles: Sequence[float]) -> np.ndarray:
-    """The rotation (3, 3) of coordinates (z, y, x) by angles in radians about z, then y, then x."""
-    total = np.eye(3)
-    for axis, angle in enumerate(angles):
-        a, b = (other for other in range(3) if other != axis)
-        turn = np.eye(3)
-        turn[a, a] = turn[b, b] = math.cos(angle)
-        turn[a, b], turn[b, a] = -math.sin(angle), math.sin(angle)
-        total = turn @ total
-    return total
 
 
 def resampled(volume: Volume, view: View, matrix: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
