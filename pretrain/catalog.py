@@ -55,6 +55,13 @@ METHODS: dict[str, Entry] = {
         ("PUMIT",),
         "arXiv:2312.07630",
     ),
+    "meddinov3": Entry(
+        "pretrain.methods.meddinov3.method:MedDINOv3Pretraining",
+        "say of a part of a slice what its moving average says of the whole",
+        (2,),
+        ("MedDINOv3",),
+        "arXiv:2509.02379",
+    ),
 }
 
 

@@ -42,7 +42,7 @@ from pretrain.checkpoint import (
 from pretrain.encoders import build_segmentation_network, encoder_info, encoder_of
 from pretrain.fit import IMPORTED_SHARE, fit, transfer_weights
 from pretrain.importers.reading import read_weights
-from pretrain.method import PretrainMethod, Target
+from pretrain.method import PretrainMethod, Stage, Target
 from pretrain.optimise import Phase, phases
 from pretrain.pools import build_pool
 from pretrain.settings import configure
@@ -114,7 +114,9 @@ def pretrain(
         own_choice = method_class.configuration(_own_settings(method, settings or {}))
         configuration = configuration or own_choice or default_configuration(plan_content)
         plan_content = ensure_configuration(name, plan_name, configuration, write=not show_config)
-    target = Target(plan_content, configuration, encoder_info(plan_content, configuration, home.json))
+    target = Target(
+        plan_content, configuration, encoder_info(plan_content, configuration, home.json), initialised=init is not None
+    )
     check_needs(method, needs.dims, needs.networks, target)
 
     folder = encoder_folder(
@@ -192,7 +194,7 @@ def _assemble(
         pool = build_pool(
             home,
             plan,
-            target.configuration,
+            method_class.data_configuration(target),
             images=None if options.images is None else Path(options.images),
             more_datasets=options.more_datasets,
             exclude_fold=options.exclude_fold,
@@ -208,6 +210,7 @@ def _assemble(
     model = method_class(network, spec, config)  # type: ignore[call-arg]
     model.gather = distributed.gather
     chosen = phases(model.stages(), config.steps, options.stages)
+    _refuse_new_weights(chosen[0].stage, options)
     _fill_extras(model, chosen, home, options)
     for pair in model.momentum_pairs():
         pair.average.requires_grad_(False)
@@ -293,6 +296,15 @@ def _init_source(dataset_name: str, init: str, plan_name: str | None, configurat
     return source
 
 
+def _refuse_new_weights(first: Stage, options: runs.Options) -> None:
+    if first.goes_on and options.init is None:
+        raise SettingsError(
+            f"Stage {first.name} goes on with weights that were trained before",
+            found=f"--stages {','.join(options.stages or [])}, no --init",
+            remedy="run the stages before it too, or give --init an encoder of this method or a file of weights",
+        )
+
+
 def _fill_extras(method: PretrainMethod, chosen: Sequence[Phase], home: Dataset, options: runs.Options) -> None:
     """Modules that are kept beside the encoder, from beside the weights of `--init`. Without their stage they must be there."""
     extras = method.export().extras
@@ -301,6 +313,8 @@ def _fill_extras(method: PretrainMethod, chosen: Sequence[Phase], home: Dataset,
         source = _init_source(home.name, options.init, options.plan_name, options.configuration)
         filled = load_extras(source if source.is_dir() else source.parent, extras)
         logger.info("Also from there: %s", ", ".join(filled) or "nothing")
+        for pair in method.momentum_pairs():
+            pair.online.load_state_dict(pair.average.state_dict())
     # What no stage trains, the method has from elsewhere.
     trained = [name for name in extras if any(name not in stage.frozen for stage in method.stages())]
     untrained = [name for name in chosen[0].stage.frozen if name in trained and name not in filled]

@@ -60,14 +60,18 @@ class Stage:
     amsgrad: bool = False
     warm_up: float = 0.02
     """Share of the stage in which the learning rate rises linearly from zero."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine to zero, or as it is."""
+    schedule: Literal["cosine", "constant"] | Callable[[float], float] = "cosine"
+    """After the warm-up: cosine to zero, as it is, or times a function of how much of the rest is done, in [0, 1)."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient of all parameters together."""
+    clip_apart: tuple[str, ...] = ()
+    """Submodules (by name) whose gradients are clipped each on its own instead; what is in none of them is not clipped."""
     accumulate: int = 1
     """Batches for one optimiser step; their gradients are averaged."""
     frozen: tuple[str, ...] = ()
     """Submodules (by name) that do not learn in this stage and run in eval mode."""
+    goes_on: bool = False
+    """Whether it makes no sense on new weights: those of a stage before it are needed, or of `--init`."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Export:
     """`encoder`: the module is an encoder; `encoder+decoder`: a whole network of the plan."""
     extras: Mapping[str, nn.Module] = field(default_factory=dict)
     """Submodules of the method by name, written as `NAME.safetensors` beside the encoder. `--init` with such a folder fills
-    them too, so that a run may leave out the stage that trains them."""
+    them too, so that a run may leave out the stage that trains them. What is filled in an average, is in its online module."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class Target:
     plan: Mapping[str, Any]
     configuration: str
     encoder: EncoderInfo
+    initialised: bool = False
+    """Whether its weights come from `--init`."""
     settings: dict[str, Any] = field(init=False)
     """The configuration with `inherits_from` followed."""
 
@@ -168,6 +174,11 @@ class PretrainMethod(nn.Module, ABC):
             settings: what the user gave, by name, as text or value.
         """
         return None
+
+    @classmethod
+    def data_configuration(cls, target: Target) -> str:
+        """The configuration of the plan whose preprocessed scans are read."""
+        return target.configuration
 
     @staticmethod
     @abstractmethod

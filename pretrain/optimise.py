@@ -46,13 +46,14 @@ def phases(stages: Sequence[Stage], steps: int, chosen: Sequence[str] | None = N
 
 
 def rate_factor(stage: Stage, step: Step) -> float:
-    """Share of the stage's learning rate at a step: a linear rise, then a cosine to zero or constant."""
+    """Share of the stage's learning rate at a step: a linear rise, then the stage's schedule."""
     warm_up = round(stage.warm_up * step.total)
     if step.index < warm_up:
         return (step.index + 1) / warm_up
     if stage.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step.index - warm_up) / (step.total - warm_up)))
+    done = (step.index - warm_up) / (step.total - warm_up)
+    return stage.schedule(done) if callable(stage.schedule) else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def build_optimizer(stage: Stage, groups: Sequence[ParameterGroup]) -> Optimizer:

@@ -149,8 +149,8 @@ def _train_phase(
         distributed.average_gradients(learning)
         norm = None
         if stage.clip_norm is not None:
-            norm = fabric.clip_gradients(method, optimizer, max_norm=stage.clip_norm, error_if_nonfinite=False)
-            if norm is not None and not _scales(fabric):  # else a gradient that overflowed in half precision is skipped
+            norm = _clip(fabric, method, optimizer, learning, stage)
+            if not _scales(fabric):  # else a gradient that overflowed in half precision is skipped
                 _refuse_nan(norm, step, "norm of the gradient")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -259,6 +259,15 @@ def _propagate(fabric: Fabric, stage: Stage, step: Step) -> Callable[[torch.Tens
         fabric.backward(loss / stage.accumulate)
 
     return run
+
+
+def _clip(
+    fabric: Fabric, method: PretrainMethod, optimizer: Any, learning: Sequence[nn.Parameter], stage: Stage
+) -> torch.Tensor:
+    """Limit the gradients, of all parameters together or of each part by itself; the largest norm there was."""
+    fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
+    parts = [list(method.get_submodule(name).parameters()) for name in stage.clip_apart] or [learning]
+    return torch.stack([nn.utils.clip_grad_norm_(part, float(stage.clip_norm or 0)) for part in parts]).max()
 
 
 def _scales(fabric: Fabric) -> bool:

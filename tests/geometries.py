@@ -50,9 +50,13 @@ GEOMETRIES = {
 
 def target_of(name: str, kind: str) -> Target:
     """A plan and a configuration for a method: the one place that knows which network each gets."""
-    unet = "ResidualEncoderUNet" in entry(name).networks
-    assert unet or entry(name).networks == ("PUMIT",), f"give {name} a tiny plan of one of its networks here"
+    networks = entry(name).networks
+    assert {"ResidualEncoderUNet", "PUMIT", "MedDINOv3"} & set(networks), (
+        f"give {name} a tiny plan of its networks here"
+    )
     geometry = GEOMETRIES[kind]
+    if networks == ("MedDINOv3",):  # slices of any scans
+        return slices_target(geometry)
     degree = degree_of_anisotropy(geometry.spacing)
     plan = tiny_plan(dims=geometry.dims, channels=geometry.channels, strides=geometry.strides, flat=degree)
     configuration = "3d_fullres" if geometry.dims == 3 else "2d"
@@ -62,10 +66,21 @@ def target_of(name: str, kind: str) -> Target:
         "batch_size": 2,
         "autoseg": {"DA": degree if geometry.dims == 3 else None},
     }
-    if not unet:
+    if networks == ("PUMIT",):
         configuration, small = "3d_fullres_sac", {"budget": "cpu", "gpu_memory_gb": 8, "labels": 3}
         plan = with_configuration(plan | {"autoseg": small}, configuration)
     return Target(plan, configuration, encoder_info(plan, configuration, dataset_json(geometry.channels)))
+
+
+def slices_target(geometry: Geometry) -> Target:
+    """A vision transformer of four blocks, on the slices of any scans."""
+    plan = tiny_plan(dims=2, channels=geometry.channels) | {
+        "autoseg": {"budget": "cpu", "gpu_memory_gb": 8, "labels": 3}
+    }
+    plan["configurations"]["2d"] |= {"patch_size": list(geometry.patch[-2:]), "spacing": list(geometry.spacing[1:])}
+    plan = with_configuration(plan, "2d_vit")
+    plan["configurations"]["2d_vit"]["architecture"]["arch_kwargs"] |= {"embed_dim": 48, "depth": 4, "num_heads": 3}
+    return Target(plan, "2d_vit", encoder_info(plan, "2d_vit", dataset_json(geometry.channels)))
 
 
 def network_of(target: Target) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from pretrain.methods.meddinov3.heads import Head
 from pretrain.methods.meddinov3.losses import (
-    centred,
     dino_loss,
     gram_loss,
     ibot_loss,
@@ -20,7 +20,8 @@ from pretrain.methods.meddinov3.losses import (
     moved_centre,
     pair_shares,
     resized_tokens,
-    sinkhorn,
+    sinkhorn_shift,
+    targets_of,
 )
 from pretrain.methods.meddinov3.masks import block_mask, masked_counts
 from pretrain.methods.meddinov3.monitors import rank_me, spread, target_entropy, usage_entropy
@@ -33,6 +34,11 @@ def itself(tensor: Tensor) -> Tensor:
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sinkhorn(logits: Tensor, temperature: float, gather: Any, **options: int) -> Tensor:
+    """The targets of logits that are all there."""
+    return targets_of(logits, sinkhorn_shift([logits], temperature, gather, **options), temperature)
 
 
 COUNTS = [24, 29, 34, 39, 44, 49, 53, 58, 63, 68, 73, 78, 83, 88, 93, 98]
@@ -101,6 +107,13 @@ def test_targets_stay_finite_where_exponentials_do_not():
     assert sinkhorn(logits.half(), 0.04, itself).dtype == torch.float32
 
 
+def test_targets_do_not_depend_on_the_samples_at_a_time():
+    logits = noise(7, 10)
+    shift = sinkhorn_shift([logits], 0.07, itself)
+    assert torch.allclose(sinkhorn_shift(logits.split(3), 0.07, itself), shift, atol=1e-6)
+    assert float(shift.std()) > 0.05
+
+
 @pytest.mark.parametrize("first", [3, 2], ids=["equal", "unequal"])
 def test_two_processes_have_the_targets_of_the_joint_batch(first):
     """6.1 (16), with threads for processes; what joins real ones is tested with the contract."""
@@ -114,12 +127,13 @@ def test_two_processes_have_the_targets_of_the_joint_batch(first):
 
 def test_a_centre_makes_a_favoured_prototype_as_likely_as_the_others():
     logits = noise(4, 5) * 0 + torch.tensor([0.0, 0, 9, 0, 0])
-    centre = torch.zeros(5)
+    total, centre = torch.cat([logits.sum(0), torch.tensor([4.0])]), torch.zeros(5)
     for _ in range(100):
-        centre = moved_centre(centre, logits, itself)
+        centre = moved_centre(centre, total, itself)
     assert torch.allclose(centre, logits[0], atol=1e-3)
-    assert torch.allclose(centred(logits, centre, 0.07), torch.full((4, 5), 0.2), atol=1e-2)
-    assert float(moved_centre(torch.zeros(5), logits, itself)[2]) == pytest.approx(0.9)
+    assert torch.allclose(targets_of(logits, centre, 0.07), torch.full((4, 5), 0.2), atol=1e-2)
+    assert float(moved_centre(torch.zeros(5), total, itself)[2]) == pytest.approx(0.9)
+    assert torch.equal(moved_centre(centre, 0 * total, itself), centre)
 
 
 @pytest.mark.parametrize("same_crops", [False, True])
@@ -152,9 +166,9 @@ def test_the_ibot_loss_is_over_all_crops_and_each_masked_crop_weighs_alike():
     tokens = noise(32, 196, 4).requires_grad_()
     rows = tokens[masked]
     targets = torch.full((len(rows), 4), 0.25)
-    loss = ibot_loss(rows, lambda x: 0 * x, targets, masked_weights(masked), 32)
+    loss = ibot_loss(rows, lambda x: 0 * x, targets, itself, masked_weights(masked), 32)
     assert float(loss) / math.log(4) == pytest.approx(0.5)
-    ibot_loss(rows, itself, targets, masked_weights(masked), 32).backward()
+    ibot_loss(rows, itself, targets, itself, masked_weights(masked), 32).backward()
     assert (tokens.grad[masked] != 0).any(1).all()
     assert not tokens.grad[~masked].any()
 
@@ -167,7 +181,7 @@ def test_the_ibot_loss_and_its_gradients_do_not_depend_on_the_rows_at_a_time():
         head = Head(6, 9, hidden=8, bottleneck=5)
         head.register_forward_hook(lambda _, __, out: widths.append(len(out)))
         given = features.clone().requires_grad_()
-        loss = ibot_loss(given, head, targets, weights, 3, rows=rows)
+        loss = ibot_loss(given, head, targets, itself, weights, 3, rows=rows)
         loss.backward()
         results.append([loss.detach(), given.grad, *(p.grad for p in head.parameters())])
     assert widths == [4, 4, 3, 3, 4, 4, 11, 11]  # each made again, the last first
@@ -177,7 +191,7 @@ def test_the_ibot_loss_and_its_gradients_do_not_depend_on_the_rows_at_a_time():
 
 def test_without_masks_the_ibot_loss_is_0_and_has_a_gradient():
     features = noise(0, 6).requires_grad_()
-    loss = ibot_loss(features, Head(6, 9, hidden=8, bottleneck=5), torch.empty(0, 9), torch.empty(0), 4)
+    loss = ibot_loss(features, Head(6, 9, hidden=8, bottleneck=5), torch.empty(0, 9), itself, torch.empty(0), 4)
     loss.backward()
     assert float(loss) == 0
 
@@ -207,7 +221,7 @@ def test_koleo_of_one_sample_is_0():
 
 def every_loss() -> list[float]:
     p = noise(2, 4, 9, seed=3).softmax(-1)
-    ibot = ibot_loss(p[0], itself, p[1], torch.ones(4), 4)
+    ibot = ibot_loss(p[0], itself, p[1], itself, torch.ones(4), 4)
     losses = [dino_loss(noise(2, 4, 9), p), ibot, koleo(noise(6, 8)), gram_loss(noise(2, 5, 3), noise(2, 5, 3, seed=1))]
     return [float(loss) for loss in losses]
 

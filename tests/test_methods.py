@@ -50,6 +50,10 @@ def over(kinds: Iterable[str]) -> pytest.MarkDecorator:
 
 every_geometry = over(GEOMETRIES)
 different_geometries = over(["two channels", "anisotropic", "2d"])
+LEARNS = {"meddinov3": "student.backbone"}
+"""What learns, where its moving average is kept."""
+SEES = {"pumit": "vit", "meddinov3": "patch_embed"}
+"""The part of the encoder that is called, where that is not the encoder itself."""
 LATE = {"pumit": 50}
 """Steps of methods that begin with an answer which is the same everywhere: the mean of all words."""
 CUTS_WHAT_IS_NOT_THERE = {"pcrl"}
@@ -66,7 +70,9 @@ def test_every_geometry_works(kind: str, name: str) -> None:
     shapes = []
     export = model.export()
     encoder = export.module if export.scope == "encoder" else encoder_of(export.module)
-    seen = getattr(encoder, "vit", encoder)  # PUMIT's encoder is for one DA, the transformer in it for all
+    if name in LEARNS:
+        encoder = model.get_submodule(LEARNS[name])
+    seen = getattr(encoder, SEES.get(name, ""), encoder)
     hook = seen.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
     learnable = [p for p in model.parameters() if p.requires_grad]
     for phase, step in stages_of(model):

@@ -18,7 +18,7 @@ from planners import paths
 from planners.dataset import load_dataset
 from pretrain import training
 from pretrain.batches import HELD_OUT, LEARNING, Batches, load
-from pretrain.catalog import entry
+from pretrain.catalog import entry, load_method
 from pretrain.checkpoint import load_encoder
 from pretrain.encoders import encoder_of
 from pretrain.loop import pretrain
@@ -65,7 +65,8 @@ def run(name: str, kind: str, **options: Any) -> Path:
 
 def pool_of(name: str, kind: str) -> Pool:
     target = target_of(name, kind)
-    return build_pool(load_dataset(DATASET), dict(target.plan), target.configuration, workers=0)
+    configuration = load_method(name).data_configuration(target)
+    return build_pool(load_dataset(DATASET), dict(target.plan), configuration, workers=0)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:

@@ -22,9 +22,9 @@ JOINT = {
 }
 """Every rank has the loss of the joint batch."""
 
-MEAN = {"rpl", "jigsaw", "rotation", "pcrl", "pumit"}
+MEAN = {"rpl", "jigsaw", "rotation", "pcrl", "pumit", "meddinov3"}
 """The loss is a mean over samples: a rank has the mean over its own. PCRL's negatives are the queue's, which all ranks fill.
-PUMIT's prior is of the mean token of all ranks, the same for each."""
+PUMIT's prior is of the mean token of all ranks, the same for each. So is what MedDINOv3 takes off its teacher's logits."""
 
 APART = {
     "voco": "its projector is normalised by the statistics of a batch, and each volume is set against the next of the batch"
@@ -34,10 +34,11 @@ APART = {
 SHARED = {"pcrl": ["mix"]}
 """What a batch draws once: each rank for itself, so the second takes the first's here."""
 
-ONE_GEOMETRY = {"pumit": {"zoom": 0.0}}
-"""Settings with which the views of both ranks are of one kind, so that one batch can hold them."""
+ONE_GEOMETRY = {"pumit": {"zoom": 0.0}, "meddinov3": {"koleo": 0.0, "centering": "sinkhorn"}}
+"""Settings with which the views of both ranks are of one kind, so that one batch can hold them; and without MedDINOv3's
+neighbours, which are sought among a rank's own slices."""
 
-COUNTS_FAILURES = {"pumit"}
+COUNTS_FAILURES = {"pumit", "meddinov3"}
 """Methods whose buffers change where something goes wrong only."""
 
 

@@ -37,7 +37,10 @@ class Head(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(self.directions(x))
+
+    def directions(self, x: Tensor) -> Tensor:
+        """What is compared with the prototypes: (…, dim) to (…, bottleneck), of length 1."""
         features = self.mlp(x)
         # 1e-12 is 0 in half precision
-        features = normalize(features, dim=-1, eps=1e-6 if features.dtype == torch.float16 else 1e-12)
-        return self.last_layer(features)
+        return normalize(features, dim=-1, eps=1e-6 if features.dtype == torch.float16 else 1e-12)

@@ -3,14 +3,14 @@ patch similarities that stay as an earlier teacher had them (Gram). All in float
 
 Source: DINOv3 (arXiv:2508.10104; facebookresearch/dinov3:dinov3/loss/*.py). Differs from it on purpose: Sinkhorn-Knopp is
 computed in logarithms, where nothing overflows or becomes 0/0; KoLeo never takes a sample for its own neighbour; the logits of
-masked patches are never all there at once.
+masked patches are never all there at once, neither the student's nor the teacher's.
 
 `gather` is that of `PretrainMethod`: it puts a tensor of all processes together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,34 +19,43 @@ from torch.utils.checkpoint import checkpoint
 
 Gather = Callable[[Tensor], Tensor]
 STUDENT_TEMPERATURE = 0.1
+ROWS = 2048
+"""Patches whose logits are there at once."""
 
 # What the teacher says -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def sinkhorn(logits: Tensor, temperature: float, gather: Gather, *, iterations: int = 3) -> Tensor:
-    """Targets (M, K) of the teacher's logits (M, K): each sums to 1, and the prototypes are used about equally.
+def sinkhorn_shift(scores: Iterable[Tensor], temperature: float, gather: Gather, *, iterations: int = 3) -> Tensor:
+    """What to take off each prototype's logits (K,) so that the targets of all samples use the prototypes about equally.
 
-    M samples of this process; equal use is over those of all processes.
+    Args:
+        scores: the teacher's logits, (m, K) of some samples at a time; gone through once an iteration. Equal use is over those
+            of all processes.
     """
-    log = logits.float() / temperature
-    for _ in range(iterations):
-        log = log - gather(log.logsumexp(0)[None]).logsumexp(0)
-        log = log - log.logsumexp(1, keepdim=True)
-    return log.exp()
+    shift: Tensor | float = 0.0
+    for number in range(iterations):
+        masses = []
+        for logits in scores:
+            log = logits.float() / temperature - shift
+            # A sample counts as 1 from the second iteration on; in the first as much as its logits say.
+            masses.append((log.log_softmax(1) if number else log).logsumexp(0))
+        shift = shift + gather(torch.stack(masses).logsumexp(0)[None]).logsumexp(0)
+    return shift * temperature  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def centred(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
-    """Targets (M, K) of the teacher's logits less their running mean (K,): for batches too small for `sinkhorn`."""
-    return ((logits.float() - centre) / temperature).softmax(1)
+def targets_of(logits: Tensor, shift: Tensor, temperature: float) -> Tensor:
+    """Targets (M, K), each of which sums to 1, of the teacher's logits less `shift` (K,): that of `sinkhorn_shift`, or their
+    running mean where batches are too small for it."""
+    return ((logits.float() - shift) / temperature).softmax(1)
 
 
 @torch.no_grad()
-def moved_centre(centre: Tensor, logits: Tensor, gather: Gather, *, momentum: float = 0.9) -> Tensor:
-    """The running mean (K,) after another batch of logits (M, K)."""
-    mean = gather(logits.float().mean(0)[None]).mean(0)
-    return momentum * centre + (1 - momentum) * mean
+def moved_centre(centre: Tensor, total: Tensor, gather: Gather, *, momentum: float = 0.9) -> Tensor:
+    """The running mean (K,) of logits after another batch, of which `total` (K + 1,) holds the sums and the number."""
+    *sums, count = gather(total.float()[None]).sum(0).split([len(centre), 1])
+    return torch.where(count > 0, momentum * centre + (1 - momentum) * sums[0] / count.clamp_min(1), centre)
 
 
 # What the student learns -----------------------------------------------------------------------------------------------
@@ -88,29 +97,33 @@ def masked_weights(masked: Tensor) -> Tensor:
 def ibot_loss(
     features: Tensor,
     head: Callable[[Tensor], Tensor],
-    targets: Tensor,
+    known: Tensor,
+    answers: Callable[[Tensor], Tensor],
     weights: Tensor,
     crops: int,
     *,
-    rows: int = 2048,
+    rows: int = ROWS,
 ) -> Tensor:
     """Weighted cross-entropy of masked patches, divided by the number of all crops, masked or not.
 
-    The logits are made for `rows` patches at a time, and made once more in the backward pass.
+    Logits and targets are made for `rows` patches at a time, and made once more in the backward pass.
 
     Args:
         features: (n, D), the student's masked patches; n may be 0.
         head: to logits (n, K).
-        targets: (n, K).
+        known: (n, …), what the teacher makes its targets from.
+        answers: from some rows of `known` to the targets, (rows, K).
         weights: (n,), as `masked_weights` gives them.
     """
 
-    def part(features: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def part(features: Tensor, known: Tensor, weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            targets = answers(known)
         log = (head(features).float() / STUDENT_TEMPERATURE).log_softmax(1)
         return -(weights * (log * targets).sum(1)).sum()
 
     total = features.sum() * 0
-    chunks = (tensor.split(rows) for tensor in (features, targets, weights))
+    chunks = (tensor.split(rows) for tensor in (features, known, weights))
     for chunk in zip(*chunks, strict=True):
         total = total + checkpoint(part, *chunk, use_reentrant=False)
     return total / crops
