@@ -32,8 +32,13 @@ _DROP_PATH = 0.2
 
 def arguments_of_size(plan: Mapping, size: str | None) -> dict[str, Any]:
     """The transformer; without a `size` base, and in the small plan tiny."""
+    return released_arguments(SIZES[size or ("tiny" if is_small(plan) else "base")])
+
+
+def released_arguments(transformer: Mapping[str, int]) -> dict[str, Any]:
+    """The network's arguments for one of that width, depth and number of heads, as Meta released its own."""
     return {
-        **SIZES[size or ("tiny" if is_small(plan) else "base")],
+        **transformer,
         "taken": None,
         "eps": 1e-5,
         "qkv_bias": False,

@@ -8,7 +8,7 @@ configuration with the network of the weights, on the same data.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,14 @@ from planners.dataset import Dataset
 from planners.decisions import Decision
 from planners.errors import PlanError, PretrainedMismatch
 from planners.fingerprint import fingerprint
+from planners.intensity import parse_scheme
 from planners.planner import Overrides, differs_from_file, draft_plans
 from planners.plans import CPU_SUFFIX, FULL_PLAN, load_plan, resolved
 from planners.sac import NETWORK as PUMIT
 from planners.sac import SIZES
+from planners.vit import NETWORK as MEDDINOV3
+from planners.vit import SIZES as VIT_SIZES
+from planners.vit import arguments_of_size as vit_of_size
 from pretrain.encoders import build_segmentation_network, encoder_of
 from pretrain.fit_data import fit_data
 from pretrain.importers.weights import Weights
@@ -28,6 +32,10 @@ from pretrain.transfer import TransferReport, transfer
 
 IMPORTED_SHARE = 0.95
 """Share of an encoder that foreign weights must fill; autoseg's own must fill all of it."""
+
+_COLOURS = parse_scheme("rgb").normalization
+# Arguments that change what a network computes but the shape of none of its tensors, or only add some.
+_UNSEEN = ("num_heads", "eps", "qkv_bias")
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,10 @@ def fit(
         if configuration not in plan["configurations"] and derivable(configuration):
             plan = with_configuration(plan, configuration)
         report = try_transfer(plan, configuration, dataset.json, weights, minimum_share)
-        decisions += (Decision("network", configuration, "asked for with -c", "leave -c out"),)
+        because = "asked for with -c"
+        if other := differences(plan, configuration, weights):
+            because += f"; {other}"
+        decisions += (Decision("network", configuration, because, "leave -c out"),)
     wanted = [plan if draft["plans_name"] == plan["plans_name"] else draft for draft in drafts] or [plan]
     return Fit(plan, configuration, report, decisions, tuple(p for p in wanted if differs_from_file(p)))
 
@@ -154,6 +165,11 @@ def _add_network(plan: dict, base: str, weights: Weights) -> tuple[str, dict]:
             if transformer.items() <= arguments.items():
                 name = f"3d_fullres_sac_{size}"
                 return name, with_configuration(plan, name)
+    if weights.architecture["network_class_name"] == MEDDINOV3:
+        for size in VIT_SIZES:
+            if vit_of_size(plan, size) == arguments:
+                name = f"2d_vit_{size}"
+                return name, with_configuration(plan, name)
     content = configuration_like(plan, weights.architecture, patch_size=weights.patch_size)
     name = f"{base}_{re.sub(r'[^a-z0-9.]+', '-', weights.name.lower()).strip('-.')}"
     there = plan["configurations"].get(name)
@@ -167,11 +183,30 @@ def try_transfer(
 ) -> TransferReport:
     """What becomes of every tensor, in a network that is thrown away afterwards."""
     network = build_segmentation_network(plan, configuration, dataset_json, initialise=False)
-    return transfer_weights(weights, network, minimum_share)
+    return transfer_weights(weights, network, minimum_share, resolved(plan, configuration)["normalization_schemes"])
 
 
-def transfer_weights(weights: Weights, network: Any, minimum_share: float) -> TransferReport:
-    """Move `weights` into a segmentation network of autoseg, in place."""
+def differences(plan: dict, configuration: str, weights: Weights) -> str:
+    """How the network of a configuration computes otherwise than that of the weights although tensors fit; empty if not so."""
+    own, theirs = resolved(plan, configuration)["architecture"], weights.architecture
+    if own["network_class_name"] != theirs["network_class_name"]:
+        return ""
+    texts = [
+        f"{name} {own['arch_kwargs'].get(name)}, of the weights {theirs['arch_kwargs'].get(name)}"
+        for name in _UNSEEN
+        if own["arch_kwargs"].get(name) != theirs["arch_kwargs"].get(name)
+    ]
+    return f"it computes otherwise than the network of the weights: {'; '.join(texts)}" if texts else ""
+
+
+def transfer_weights(
+    weights: Weights, network: Any, minimum_share: float, normalizations: Sequence[str] = ()
+) -> TransferReport:
+    """Move `weights` into a segmentation network of autoseg, in place.
+
+    Args:
+        normalizations: nnU-Net's class for each channel of the plan; says whether the channels are colours.
+    """
     target = network if weights.scope == "encoder+decoder" else encoder_of(network)
     try:
         return transfer(
@@ -180,6 +215,7 @@ def transfer_weights(weights: Weights, network: Any, minimum_share: float) -> Tr
             minimum_share=minimum_share,
             position_grids=weights.position_grids,
             part=weights.part,
+            mix_channels=weights.colours and set(normalizations) != {_COLOURS},
         )
     except PretrainedMismatch as error:
         raise PretrainedMismatch(f"{weights.name} ({weights.kind}): {error}") from error

@@ -27,7 +27,7 @@ from planners.errors import PlanError, PretrainedMismatch, SettingsError
 from planners.files import write_json
 from planners.locks import sole_lock
 from planners.paths import resolve_dataset
-from planners.plans import choose_plan, default_configuration, load_plan, plan_path
+from planners.plans import choose_plan, default_configuration, load_plan, plan_path, resolved
 from planners.run_names import check_run_name
 from pretrain import distributed, runs
 from pretrain.catalog import entry, load_method
@@ -40,7 +40,7 @@ from pretrain.checkpoint import (
     save_encoder,
 )
 from pretrain.encoders import build_segmentation_network, encoder_info, encoder_of
-from pretrain.fit import IMPORTED_SHARE, fit, transfer_weights
+from pretrain.fit import IMPORTED_SHARE, differences, fit, transfer_weights
 from pretrain.importers.reading import read_weights
 from pretrain.method import PretrainMethod, Stage, Target
 from pretrain.optimise import Phase, phases
@@ -206,7 +206,9 @@ def _assemble(
 
     torch.manual_seed(options.seed)
     network = build_segmentation_network(plan, target.configuration, home.json)
-    licence = _initialise(network, home, options, allow_partial) if options.init is not None else _OWN_LICENCE
+    licence = _OWN_LICENCE
+    if options.init is not None:
+        licence = _initialise(network, home, target, options, allow_partial)
     model = method_class(network, spec, config)  # type: ignore[call-arg]
     model.gather = distributed.gather
     chosen = phases(model.stages(), config.steps, options.stages)
@@ -263,14 +265,21 @@ def _trial_export(run: Run) -> None:
         )
 
 
-def _initialise(network: nn.Module, home: Dataset, options: runs.Options, allow_partial: bool) -> str:
+def _initialise(network: nn.Module, home: Dataset, target: Target, options: runs.Options, allow_partial: bool) -> str:
     """Fill the network from weights; returns their licence."""
     weights = read_weights(_init_source(home.name, str(options.init), options.plan_name, options.configuration))
     if weights.card is not None and not allow_partial:
         refuse_unfinished(weights.card, Path(str(options.init)))
-    report = transfer_weights(weights, network, 1.0 if weights.card is not None else IMPORTED_SHARE)
+    normalizations = resolved(dict(target.plan), target.configuration)["normalization_schemes"]
+    share = 1.0 if weights.card is not None else IMPORTED_SHARE
+    report = transfer_weights(weights, network, share, normalizations)
     logger.info("Starting from %s (%s): %s", weights.name, weights.kind, report.summary())
-    return weights.licence or "that of the weights it started from, which is not known"
+    licence = weights.licence or "that of the weights it started from, which is not known"
+    logger.info("Licence of %s: %s", weights.name, licence)
+    notes = [*weights.warnings, differences(dict(target.plan), target.configuration, weights)]
+    for note in filter(None, notes):
+        logger.warning("%s: %s", weights.name, note)
+    return licence
 
 
 def _plan_for(home: Dataset, init: str, plan_name: str, *, write: bool) -> tuple[dict, str]:

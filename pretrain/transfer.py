@@ -68,6 +68,7 @@ def transfer(
     minimum_share: float = 1.0,
     position_grids: Mapping[str, tuple[int, ...]] | None = None,
     part: Sequence[str] = (),
+    mix_channels: bool = False,
 ) -> TransferReport:
     """Copy `tensors` into `target` in place. `target` is an encoder, or a whole network with an `encoder`.
 
@@ -77,6 +78,7 @@ def transfer(
         position_grids: token grid of each position table among `tensors`; those of the target are its encoder's
             `position_grids`.
         part: submodules of the encoder that `tensors` are meant for; `minimum_share` is then asked of these alone.
+        mix_channels: spread the sum over the input channels evenly over as many, too, because they mean something else.
 
     Raises PretrainedMismatch, with the table and without having changed anything, when less than `minimum_share` of the
     target's encoder would be filled, or when a derived tensor differs.
@@ -97,7 +99,7 @@ def transfer(
         for names in distinct((name, tensor) for name, tensor in state.items() if tensor.is_floating_point())
     ]
     kernels = {name: tensor for name, tensor in encoder_state.items() if identity(tensor) not in grids}
-    channels = _image_channels(kernels, matches, tensors)
+    channels = _image_channels(kernels, matches, tensors, mix=mix_channels)
     loaded: list[str] = []
     adapted: list[tuple[str, str]] = []
     new: list[tuple[str, str]] = []
@@ -180,15 +182,19 @@ def _compare_derived(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor])
 
 
 def _image_channels(
-    kernels: Mapping[str, Tensor], matches: Iterable[tuple[list[str], Tensor, str | None]], tensors: Mapping
+    kernels: Mapping[str, Tensor],
+    matches: Iterable[tuple[list[str], Tensor, str | None]],
+    tensors: Mapping,
+    *,
+    mix: bool,
 ) -> tuple[int, int] | None:
     """Input channels of the source's and the target's first kernel. Every kernel of the encoder with the same two numbers
-    looks at the image too, as the second branch of SwinUNETR does; None where they are equal."""
+    looks at the image too, as the second branch of SwinUNETR does; None where they are equal and not to be mixed."""
     first = next((identity(tensor) for tensor in kernels.values() if tensor.ndim >= 4), None)
     for _, tensor, source_name in matches:
         if identity(tensor) == first and source_name is not None and tensors[source_name].ndim >= 4:
             old, new = tensors[source_name].shape[1], tensor.shape[1]
-            return None if old == new else (old, new)
+            return None if old == new and not mix else (old, new)
     return None
 
 

@@ -152,7 +152,12 @@ class AutosegTrainer(nnUNetTrainer):
         self.dataset_class = SafeDataset
         if self.pretrained is not None:
             # In place: compiled and distributed wrappers, and the optimiser, hold the same parameters.
-            self.transfer_report = transfer_weights(self.pretrained, self.bare_network, self.minimum_share)
+            self.transfer_report = transfer_weights(
+                self.pretrained,
+                self.bare_network,
+                self.minimum_share,
+                self.configuration_manager.normalization_schemes,
+            )
 
     @property
     def bare_network(self) -> nn.Module:

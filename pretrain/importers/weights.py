@@ -55,6 +55,8 @@ class Weights:
     """Of autoseg's own encoders."""
     position_grids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Token grid of each position table in `tensors`."""
+    colours: bool = False
+    """The three input channels are red, green and blue: only images of colours keep them apart (`pretrain.fit`)."""
 
     @property
     def parameters(self) -> int:
