@@ -109,6 +109,8 @@ def _say_what_will_happen(job: Job) -> None:
     for decision in () if job.fit is None else job.fit.decisions:
         logger.info("%s: %s — %s (%s)", decision.name, decision.value, decision.because, decision.change)
     if job.source is not None:
+        if job.source.weights.licence:
+            logger.info("Licence of %s: %s", job.source.name, job.source.weights.licence)
         for warning in job.source.weights.warnings:
             logger.warning("%s: %s", job.source.name, warning)
     settings = job.resolved.settings
