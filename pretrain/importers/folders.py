@@ -16,8 +16,9 @@ def weights_file(path: Path) -> tuple[Path, dict[str, Any]]:
     """The file with the tensors that `path` (itself a file, or a folder) means, and the JSON beside it.
 
     A model of nnU-Net has one file a fold: fold_0, else fold_all, else the first is taken; the fold's name is among
-    what is returned. Raises DatasetError for a folder with nothing known, or with several files to choose from.
+    what is returned. Raises DatasetError for a folder with nothing known, with several files to choose from, or with pieces.
     """
+    _refuse_pieces(path if path.is_dir() else path.parent, path)
     if path.is_file():
         model = path.parent.parent if path.parent.name.startswith("fold_") else path.parent
         return path, _beside(model, path)
@@ -44,6 +45,22 @@ def weights_file(path: Path) -> tuple[Path, dict[str, Any]]:
         expected="an encoder of autoseg; a model of nnU-Net (plans.json, fold_0/checkpoint_final.pth); a checkpoint of "
         f"nnssl (checkpoint_final.pth); or one file ending in {' '.join(_SUFFIXES)}",
         remedy="give the folder that holds these, or the file itself",
+    )
+
+
+def _refuse_pieces(folder: Path, path: Path) -> None:
+    """DINOv3's training saves with torch.distributed.checkpoint: a piece a process, and a pickle that describes them."""
+    is_piece = path.suffix == ".distcp" or path.name == ".metadata"
+    if not is_piece and (path.is_file() or not any(path.glob("*.distcp"))):
+        return
+    raise DatasetError(
+        "A checkpoint in pieces cannot be read; nothing of it was",
+        where=path,
+        found=", ".join(sorted(file.name for file in folder.glob("*.distcp"))[:8]) or path.name,
+        expected="one file",
+        remedy="put the pieces together, in Python, if you know who made them: their .metadata may hold a program\n"
+        "            from torch.distributed.checkpoint.format_utils import dcp_to_torch_save\n"
+        f"            dcp_to_torch_save({str(folder)!r}, 'weights.pt')",
     )
 
 
