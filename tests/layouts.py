@@ -2,7 +2,8 @@
 
 Sources of the names: Luffy03/Large-Scale-Medical (voco_head.py), MONAI (`SwinUNETR.load_from`), MrGiovanni/SuPreM,
 MIC-DKFZ/nnssl (AbstractTrainer.save_checkpoint, adaptation_plan.py), MIC-DKFZ/nnUNet (nnUNetTrainer.save_checkpoint),
-function2-llx/PUMIT (pumit/model/{vit,mim}.py, pumit/tokenizer/{simple,quantize}.py, scripts/tokenizer/main.py).
+function2-llx/PUMIT (pumit/model/{vit,mim}.py, pumit/tokenizer/{simple,quantize}.py, scripts/tokenizer/main.py),
+facebookresearch/dinov3 (dinov3/models/vision_transformer.py, dinov3/layers/{attention,dino_head}.py, dinov3/train/train.py).
 """
 
 from __future__ import annotations
@@ -384,3 +385,69 @@ def pumit_tokenizer(channels: tuple[int, int, int] = (8, 16, 24), codes: int = 1
         "optimizer_d": {"state": {}, "param_groups": []},
         "step": 7,
     }
+
+
+def dinov3_shapes(
+    width: int, depth: int, *, channels: int = 3, storage: int = 4, bias: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the official transformer; with `bias`, Meta's ViT-B/16 (768, 12), without, MedDINOv3's."""
+    linear = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    linear |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+    vectors = [*(f"norm{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")), "ls1.gamma", "ls2.gamma"]
+    block: dict[str, tuple[int, ...]] = dict.fromkeys(vectors, (width,))
+    for name, shape in linear.items():
+        block |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    if bias:
+        block["attn.qkv.bias_mask"] = (3 * width,)
+    else:
+        del block["attn.qkv.bias"]
+    return {
+        "cls_token": (1, 1, width),
+        **({"storage_tokens": (1, storage, width)} if storage else {}),
+        "mask_token": (1, width),
+        "patch_embed.proj.weight": (width, channels, 16, 16),
+        "patch_embed.proj.bias": (width,),
+        "rope_embed.periods": (16,),
+        **{f"blocks.{number}.{name}": shape for number in range(depth) for name, shape in block.items()},
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+
+
+def dinov3(width: int = 128, depth: int = 4, *, biased: bool = False, **options: Any) -> State:
+    """dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth: flat, with biases that are zero unless `biased`."""
+    state = random_state(dinov3_shapes(width, depth, **options))
+    state["rope_embed.periods"] = (100 ** (torch.arange(16) / 16)).bfloat16()
+    for name in [name for name in state if name.endswith("bias_mask")]:
+        mask, bias = torch.ones(3, width), name.removesuffix("_mask")
+        mask[1] = 0
+        state[name] = mask.flatten()
+        state[bias] = state[bias] * mask.flatten() if biased else torch.zeros(3 * width)
+    return state
+
+
+def dino_heads(width: int = 128) -> State:
+    """The two heads of a training run, with few prototypes."""
+    shapes = {"mlp.0": (24, width), "mlp.2": (24, 24), "mlp.4": (8, 24)}
+    head = {f"{name}.weight": shape for name, shape in shapes.items()}
+    head |= {f"{name}.bias": shape[:1] for name, shape in shapes.items()} | {"last_layer.weight": (32, 8)}
+    return {f"{kind}.{name}": t for kind in ("dino_head", "ibot_head") for name, t in random_state(head).items()}
+
+
+def dinov3_run(state: State | None = None) -> State:
+    """A network of a training run with its heads; those of MedDINOv3 have no bias of queries, keys and values."""
+    state = dinov3(bias=False) if state is None else state
+    return prefixed("backbone.", state) | dino_heads(len(state["norm.weight"]))
+
+
+def meddinov3(state: State | None = None) -> dict[str, State]:
+    """MedDINOv3's model.pth, and teacher_checkpoint.pth of any run: the teacher alone."""
+    return {"teacher": dinov3_run(state)}
+
+
+def dinov3_dump(student: State, teacher: State) -> dict[str, Any]:
+    """What `dcp_to_torch_save` makes of a run's whole checkpoint."""
+    networks = {"student": student, "teacher": teacher, "model_ema": teacher, "gram_teacher": dinov3_run()}
+    model = {f"{kind}.{name}": t for kind, state in networks.items() for name, t in state.items()}
+    model["dino_loss.center"] = torch.zeros(1, 32)
+    return {"iteration": 7, "model": model, "optimizer": {"state": {}, "param_groups": []}}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from planners.errors import AutosegError, DatasetError, PretrainedMismatch
 from pretrain.encoders import encoder_of
-from pretrain.importers import nnssl, nnunet, pcrlv2, pumit, swin_unetr, voco
+from pretrain.importers import dinov3, nnssl, nnunet, pcrlv2, pumit, swin_unetr, voco
 from pretrain.importers.autoseg_encoder import own_folder, read_own
 from pretrain.importers.contents import Contents, read_contents
 from pretrain.importers.folders import weights_file
@@ -25,6 +25,7 @@ RECOGNISERS: tuple[tuple[str, Callable[[Contents], Weights | None]], ...] = (
     ("SwinUNETR of MONAI, SuPreM", swin_unetr.recognise),
     ("PCRL, PCRLv2", pcrlv2.recognise),
     ("PUMIT", pumit.recognise),
+    ("DINOv3, MedDINOv3", dinov3.recognise),
     ("an encoder of a plain or residual U-Net", nnssl.recognise_bare),
 )
 """Tried in order; the first that knows the content takes it. A new family of files is one more module and one line."""
