@@ -1,9 +1,10 @@
 """The same comparisons with the authors' own classes, for whoever has their source: `pytest -m official`.
 
 AUTOSEG_OFFICIAL_VOCO: a checkout of Luffy03/Large-Scale-Medical. AUTOSEG_OFFICIAL_NNSSL: one of MIC-DKFZ/nnssl.
-AUTOSEG_OFFICIAL_PUMIT: one of function2-llx/PUMIT, branch master.
+AUTOSEG_OFFICIAL_PUMIT: one of function2-llx/PUMIT, branch master. AUTOSEG_OFFICIAL_DINOV3: one of facebookresearch/dinov3.
 """
 
+import copy
 import importlib
 import importlib.util
 import os
@@ -255,3 +256,105 @@ def test_the_official_pumit_takes_one_channel_by_the_same_rule(pumit_code, tmp_p
     assert [name for name, _ in report.adapted] == ["vit.patch_embed.proj.weight"]
     ours = network.encoder.vit.patch_embed["proj"].weight
     assert torch.allclose(theirs.patch_embed.proj.weight, ours, atol=1e-6)
+
+
+@pytest.fixture
+def dinov3_source(monkeypatch):
+    """Their transformer imports nothing that is not installed here."""
+    monkeypatch.syspath_prepend(str(checkout("AUTOSEG_OFFICIAL_DINOV3")))
+    before = set(sys.modules)
+    yield lambda name: importlib.import_module(f"dinov3.{name}")
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] == "dinov3":
+            del sys.modules[name]
+
+
+def official_dinov3(source, which):
+    """ViT-B/16 as the authors build it, with random weights whose tokens are small, so that ε is seen; float32."""
+    if which.startswith("Meta"):
+        theirs = source("hub.backbones").dinov3_vitb16(pretrained=False)
+    else:  # ricklisz/MedDINOv3:inference/demo.ipynb
+        theirs = source("models.vision_transformer").vit_base(
+            drop_path_rate=0.2, layerscale_init=1e-5, n_storage_tokens=4, qkv_bias=False, mask_k_bias=True
+        )
+    theirs.init_weights()
+    layouts.randomised(theirs).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "token" in name or "patch_embed" in name:
+                parameter *= 0.02
+            elif name.endswith("qkv.bias") and which == "Meta":
+                parameter.zero_()
+    return theirs
+
+
+def dinov3_file(theirs, which, tmp_path):
+    state = dict(theirs.state_dict())
+    assert {n: tuple(t.shape) for n, t in state.items()} == layouts.dinov3_shapes(768, 12, bias=which != "MedDINOv3")
+    return saved(tmp_path, layouts.meddinov3(state) if which == "MedDINOv3" else state)
+
+
+def with_periods(theirs, stored: torch.dtype, angles: torch.dtype):
+    """Periods made in `stored`, positions and angles in `angles`."""
+    rope = theirs.rope_embed
+    rope.dtype = stored
+    rope._init_weights()
+    rope.dtype, rope.periods = angles, rope.periods.to(angles)
+    return theirs
+
+
+def maps(theirs, x):
+    return theirs.get_intermediate_layers(x, n=[2, 5, 8, 11], reshape=True, norm=True)
+
+
+SIZES_OF_IMAGES = [(64, 64), (96, 160), (224, 224)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["Meta", "Meta, with biases", "MedDINOv3"])
+def test_the_official_dinov3_computes_the_same(which, dinov3_source, tmp_path):
+    """The four maps in double precision, but for sine and cosine of the positions, which each makes in single precision."""
+    theirs = official_dinov3(dinov3_source, which)
+    weights = read_weights(dinov3_file(theirs, which, tmp_path))
+    arguments = weights.architecture["arch_kwargs"]
+    assert (arguments["qkv_bias"], arguments["eps"]) == (which == "Meta, with biases", theirs.norm.eps)
+    network, report = loaded(weights)
+    assert (report.encoder_share, report.adapted, report.new, report.unused) == (1.0, (), (), ())
+    other = copy.deepcopy(weights)
+    other.architecture["arch_kwargs"]["eps"] = 1.1e-5 - arguments["eps"]
+    ours, changed = network.encoder.double(), loaded(other)[0].encoder.double()
+    with_periods(theirs, torch.float32, torch.float32).double()
+    for rope in (ours.rope, changed.rope, theirs.rope_embed):
+        rope.float()
+    # Else their attention would round queries and keys too.
+    theirs.rope_embed.register_forward_hook(lambda _, __, angles: tuple(tensor.double() for tensor in angles))
+    for size in SIZES_OF_IMAGES:
+        x = layouts.noise(f"slice {size}", (2, 3, *size))
+        found = ours(x)
+        differences = [largest([pair]) for pair in zip(maps(theirs, x), found, strict=True)]
+        wrong = largest(zip(found, changed(x), strict=True))
+        print(f"{which} {size}: {', '.join(f'{d:.2g}' for d in differences)}; with the other ε {wrong:.2g}")
+        assert max(differences) <= 1e-10
+        assert wrong > 1e-3
+        assert min(float(tensor.std()) for tensor in found) > 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("which", "angles"), [("Meta", torch.float32), ("MedDINOv3", torch.bfloat16)])
+def test_rounded_positions_of_the_official_dinov3_are_close(which, angles, dinov3_source, tmp_path):
+    """Meta's files hold periods in bfloat16 and its code makes angles in float32; training runs do both in bfloat16."""
+    theirs = official_dinov3(dinov3_source, which)
+    network, _ = loaded(read_weights(dinov3_file(theirs, which, tmp_path)))
+    with_periods(theirs, torch.bfloat16, angles)
+    for size in SIZES_OF_IMAGES:
+        x = layouts.noise(f"slice {size}", (2, 3, *size)).float()
+        pairs = list(zip(maps(theirs, x), network.encoder(x), strict=True))
+        cosines = [float(torch.cosine_similarity(a, b, dim=1).min()) for a, b in pairs]
+        print(f"{which} {angles} {size}: 1 - cosine {1 - min(cosines):.2g}, largest difference {largest(pairs):.2g}")
+        assert min(cosines) > 0.995
+
+
+def test_the_heads_of_the_official_dinov3_have_the_names_of_ours(dinov3_source):
+    head = dinov3_source("layers.dino_head").DINOHead(128, 32, nlayers=3, hidden_dim=24, bottleneck_dim=8)
+    theirs = {f"{kind}.{n}": t.shape for kind in ("dino_head", "ibot_head") for n, t in head.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in layouts.dino_heads().items()} == theirs
