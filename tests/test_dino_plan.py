@@ -32,7 +32,7 @@ def vit(name="2d_vit", **options) -> dict:
         ("full", "2d_vit_base", (768, 12, 12)),
         ("full", "2d_vit_small", (384, 12, 6)),
         ("full", "2d_vit_tiny", (192, 12, 3)),
-        ("cpu", "2d_vit", (192, 12, 3)),
+        ("cpu", "2d_vit", (96, 4, 3)),
         ("cpu", "2d_vit_small", (384, 12, 6)),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import multiprocessing, nn
 
 from planners.dataset import load_dataset
@@ -19,7 +20,7 @@ from pretrain import distributed
 from pretrain.batches import LEARNING, Batches
 from pretrain.catalog import METHODS, entry, load_method, settings_table
 from pretrain.checkpoint import load_encoder
-from pretrain.method import Batch, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Terms
+from pretrain.method import Batch, Export, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Terms
 from pretrain.optimise import phases, rate_factor, update_averages
 from pretrain.pools import build_pool
 from pretrain.schedule import Schedule
@@ -293,6 +294,51 @@ class WithTeacherAndQueue(Stub):
         assert not self.teacher.weight.requires_grad
 
 
+class Steep(Stub):
+    """One step of a gradient that is far too large."""
+
+    clipped: ClassVar[tuple[str, ...]] = ()
+
+    def stages(self) -> Sequence[Stage]:
+        plain = {"optimizer": "sgd", "learning_rate": 1.0, "betas": (0.0, 0.0), "weight_decay": 0.0, "warm_up": 0.0}
+        return [Stage("main", clip_norm=0.1, clip_apart=self.clipped, schedule="constant", **plain)]  # type: ignore[arg-type]
+
+    def loss(self, batch: Batch, step: Step) -> Terms:
+        return {"loss": 1e3 * super().loss(batch, step)["loss"]}
+
+    def export(self) -> Export:
+        return Export(self.encoder, "encoder", {"head": self.head})
+
+
+@pytest.mark.parametrize(
+    ("clipped", "norms"), [((), {"both": 0.1}), (("encoder", "head"), {"encoder": 0.1, "head": 0.1})]
+)
+def test_gradients_are_limited_together_or_part_by_part(
+    home: Path, monkeypatch: pytest.MonkeyPatch, clipped: tuple[str, ...], norms: dict[str, float]
+) -> None:
+    """As MedDINOv3, which limits backbone and heads separately: the step of plain gradient descent is the gradient."""
+    monkeypatch.setattr(Steep, "clipped", clipped)
+    use_method(monkeypatch, Steep)
+    begun: dict[str, dict[str, torch.Tensor]] = {}
+
+    def remember(method: Any, stage: Stage) -> Sequence[ParameterGroup]:
+        for name in ("encoder", "head"):
+            begun.setdefault(
+                name, {key: value.clone() for key, value in method.get_submodule(name).state_dict().items()}
+            )
+        return [ParameterGroup(list(method.parameters()))]
+
+    monkeypatch.setattr(Steep, "parameter_groups", remember)
+    folder = run_stub(steps=1)
+    ended = {name: load_file(folder / f"{name}.safetensors") for name in ("encoder", "head")}
+    moved = {
+        name: float(torch.cat([(ended[name][k] - begun[name][k]).flatten() for k in ended[name]]).norm())
+        for name in ended
+    }
+    moved["both"] = (moved["encoder"] ** 2 + moved["head"] ** 2) ** 0.5
+    assert {name: moved[name] for name in norms} == pytest.approx(norms, rel=1e-3)
+
+
 def test_queues_change_after_steps_and_not_on_held_out_batches(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_method(monkeypatch, WithTeacherAndQueue)
     folder = run_stub(steps=4)
@@ -369,6 +415,11 @@ def test_rates_rise_and_fall() -> None:
     assert factors[55] == pytest.approx(0.5)
     assert 0 < factors[99] < 0.001
     assert rate_factor(Stage("a", warm_up=0, schedule="constant"), Step("a", 99, 100, 99)) == 1
+
+
+def test_a_schedule_may_be_a_function_of_what_is_done_after_the_warm_up() -> None:
+    stage = Stage("main", warm_up=0.2, schedule=lambda done: 1 - done)
+    assert [rate_factor(stage, Step("main", i, 10, i)) for i in (0, 1, 2, 6)] == pytest.approx([0.5, 1, 1, 0.5])
 
 
 def test_a_schedule_is_a_stage() -> None:

@@ -120,16 +120,21 @@ class MedDINOv3Pretraining(PretrainMethod):
             "steps": 300,
             "gram_share": 0.25,
             "high_share": 0.25,
-            "batch": 8,
-            "large": 64,
-            "small": 32,
-            "small_crops": 4,
-            "codes": 256,
+            "batch": 16,
+            "large": 96,
+            "small": 48,
+            "small_crops": 2,
+            "codes": 64,
             "hidden": 64,
             "bottleneck": 32,
-            "momentum": 0.98,
-            "late_momentum": 0.99,
-            "rate": 2e-3,
+            "centering": "sinkhorn",
+            "temperature": 0.02,
+            "momentum": 0.95,
+            "late_momentum": 0.98,
+            "rate": 5e-3,
+            "layer_decay": 1.0,
+            "weight_decay": 0.01,
+            "koleo": 0.05,
         },
     }
     citation = "Li et al.: MedDINOv3 (arXiv:2509.02379); Siméoni et al.: DINOv3 (arXiv:2508.10104)"
@@ -426,7 +431,8 @@ class MedDINOv3Pretraining(PretrainMethod):
     def temperature(self, step: Step) -> float:
         """Of the teacher: it rises during the warm-up of stage dino."""
         share = min(1.0, step.progress / _WARM_UP) if step.stage == DINO else 1.0
-        return _FIRST_TEMPERATURE + share * (self.config.temperature - _FIRST_TEMPERATURE)
+        begin = min(_FIRST_TEMPERATURE, self.config.temperature)
+        return begin + share * (self.config.temperature - begin)
 
     def after_step(self, batch: Batch, terms: Terms, step: Step) -> None:
         """Running means of the teacher's logits; the anchor of the later stages; stop a run that has collapsed."""
