@@ -1,0 +1,94 @@
+"""Does MedDINOv3 learn from slices without collapsing, and what do its stages do? Minutes, so `pytest -m slow`.
+
+One run of all stages on 24 phantoms, 600 + 150 + 150 steps of the preset for a CPU, looked at between stages; 8 phantoms are held out.
+meddinov3.md 6.2; limits are the specification's unless a test says otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.methods.meddinov3.monitors import rank_me, spread
+from pretrain.methods.meddinov3.method import DINO, GRAM, HIGH
+from tests.slices import HELD_OUT, described, held_out, knows, learn, new_method, same_at_twice_the_size
+
+STEPS = {DINO: 600, GRAM: 150, HIGH: 150}
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Course:
+    """A run and how it was between its stages."""
+
+    method: Any
+    rows: dict[str, list[dict[str, float]]]
+    after: dict[str, Any]
+    """Teachers: as new, and after each stage."""
+    anchored: list[float]
+    """Held-out Gram loss before and after its stage."""
+    student: Any
+    """After stage dino."""
+
+
+@pytest.fixture(scope="module")
+def course() -> Course:
+    began = time.process_time()
+    method: Any = new_method()
+    rows: dict[str, list[dict[str, float]]] = {}
+    after, anchored = {"new": copy.deepcopy(method.teacher.backbone)}, []
+    for stage, steps in STEPS.items():
+        anchored += [held_out(method, GRAM)["gram"]] if stage != DINO else []
+        rows |= learn(method, steps, [stage])
+        after[stage] = copy.deepcopy(method.teacher.backbone)
+        if stage == DINO:
+            student = copy.deepcopy(method.student.backbone)
+    print({"CPU s": round(time.process_time() - began)})
+    return Course(method, rows, after, anchored, student)
+
+
+def late(course: Course, stage: str, name: str, count: int = 50) -> float:
+    return float(np.mean([row[name] for row in course.rows[stage][-count:]]))
+
+
+def test_nothing_collapses(course: Course) -> None:
+    """Check 1: the teacher's answers are neither uniform nor certain, and not the same for all slices."""
+    for stage in STEPS:
+        found = {name: late(course, stage, name) for name in ("entropy", "usage", "spread")}
+        print(stage, found)
+        assert 0.02 < found["entropy"] < 0.98
+        assert found["usage"] > 0.5
+        assert found["spread"] > 0.3
+
+
+def test_features_use_many_directions(course: Course) -> None:
+    """Check 2: class tokens point everywhere, and patches keep more than a tenth of their directions through a stage."""
+    found = {}
+    for stage, backbone in course.after.items():
+        known = described(backbone, list(HELD_OUT))
+        found[stage] = (float(spread(known.places)), float(rank_me(known.patches[:2000])))
+    print(found)
+    stages = ["new", *STEPS]
+    for before, now in zip(stages, stages[1:], strict=False):
+        assert found[now][0] > 0.3
+        assert found[now][1] > 0.1 * course.method.student.backbone.embed_dim
+        assert found[now][1] > 0.5 * found[before][1]
+
+
+def test_class_tokens_know_the_height_and_patches_the_organ(course: Course) -> None:
+    """Checks 3 and 4, and 7: the teacher is not worse than the student."""
+    found = {stage: knows(backbone) for stage, backbone in course.after.items()} | {"student": knows(course.student)}
+    print(found)
+    assert found[HIGH]["place"] > 0.3
+    assert found[HIGH]["place"] > found["new"]["place"]
+    assert found[DINO]["organs"] > found["new"]["organs"] + 0.1
+    assert found[HIGH]["organs"] > found["new"]["organs"] + 0.1
+    assert found[DINO]["organs"] > found["student"]["organs"] - 0.02
