@@ -35,6 +35,7 @@ from pretrain.checkpoint import (
     hidden_case,
     load_encoder,
     refuse_unfinished,
+    refuse_untrained,
     seen_cases,
 )
 from trainers.checkpoint import load_checkpoint
@@ -235,6 +236,7 @@ def _seen(source: Path, plan: dict) -> int | None:
 def _pack_encoder(source: Path, folder: Path) -> str:
     tensors, card = load_encoder(source)
     refuse_unfinished(card, source)
+    refuse_untrained(card, source)
     save_file(tensors, folder / WEIGHTS_NAME)
     salt = archive.sha256_of(folder / WEIGHTS_NAME)
     cases, held_out = (sorted(hidden_case(case, salt) for case in listed) for listed in (card.cases, card.held_out))

@@ -65,6 +65,9 @@ class EncoderCard:
     """Fold whose validation cases were left out."""
     licence: str
     citation: str
+    trained: bool = True
+    """Whether weights were learned: by a stage of this run, or where it started from. A run of PUMIT's tokenizer alone leaves
+    the encoder new."""
     task: dict[str, Any] = field(default_factory=dict)
     """`views`: what the method's `plan` decided (grid, classes, sizes); `chance`: what guessing reaches. Empty in
     encoders of older versions."""
@@ -194,6 +197,16 @@ def refuse_unfinished(card: EncoderCard, folder: Path) -> None:
             where=folder,
             found=f"{card.steps_done} of {card.steps_asked} steps",
             remedy="repeat the `autoseg pretrain` command, which continues, or give --allow-partial",
+        )
+
+
+def refuse_untrained(card: EncoderCard, folder: Path) -> None:
+    """PretrainedMismatch for an encoder whose run had only stages that train something else."""
+    if not card.trained:
+        raise PretrainedMismatch(
+            "This encoder is as new: the stages that were run train something else",
+            where=folder,
+            remedy=f"autoseg pretrain --method {card.method} --init {Path(folder).name} with --stages and the other stages",
         )
 
 

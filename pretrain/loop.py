@@ -46,7 +46,7 @@ from pretrain.method import PretrainMethod, Stage, Target
 from pretrain.optimise import Phase, phases
 from pretrain.pools import build_pool
 from pretrain.settings import configure
-from pretrain.training import Run, card_of, train
+from pretrain.training import Run, card_of, train, trains_encoder
 from pretrain.transfer import transfer
 
 logger = logging.getLogger("autoseg")
@@ -167,7 +167,7 @@ def pretrain(
             runs.start(folder, options, active.learn, active.held_out)
         fabric.barrier()
         train(active)
-        if not _trains_encoder(active):
+        if not trains_encoder(active):
             logger.warning(
                 "Stage %s does not train the encoder, which is as it began: go on with --init %s and the stages that do",
                 ", ".join(phase.stage.name for phase in active.phases),
@@ -232,13 +232,6 @@ def _assemble(
         workers=workers,
         licence=licence,
     )
-
-
-def _trains_encoder(run: Run) -> bool:
-    """Whether a stage of the run changes what is exported."""
-    exported = {id(parameter) for parameter in run.method.export().module.parameters()}
-    groups = [group for phase in run.phases for group in run.method.parameter_groups(phase.stage)]
-    return any(id(parameter) in exported for group in groups for parameter in group.parameters)
 
 
 def _trial_export(run: Run) -> None:

@@ -183,6 +183,7 @@ def describe_encoder(
     steps_done: int,
     metrics: Mapping[str, float],
     licence: str,
+    trained: bool,
 ) -> EncoderCard:
     """The card of an encoder."""
     spacing, settings = target.spacing, target.settings
@@ -213,6 +214,7 @@ def describe_encoder(
         excluded_fold=options.exclude_fold,
         licence=licence,
         citation=method.citation,
+        trained=trained,
         task={"views": to_jsonable_python(spec, fallback=_numpy_to_plain), "chance": dict(chance)},
     )
 

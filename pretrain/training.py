@@ -283,6 +283,16 @@ def _refuse_nan(value: torch.Tensor, step: Step, what: str = "loss") -> None:
         )
 
 
+def trains_encoder(run: Run) -> bool:
+    """Whether a stage of the run changes what is exported, itself or as a moving average of what it changes."""
+    groups = [group for phase in run.phases for group in run.method.parameter_groups(phase.stage)]
+    changed = {id(parameter) for group in groups for parameter in group.parameters}
+    for pair in run.method.momentum_pairs():
+        both = zip(pair.online.parameters(), pair.average.parameters(), strict=True)
+        changed |= {id(average) for online, average in both if id(online) in changed}
+    return any(id(parameter) in changed for parameter in run.method.export().module.parameters())
+
+
 def card_of(run: Run) -> EncoderCard:
     """The description of the encoder as it is now."""
     return runs.describe_encoder(
@@ -296,4 +306,5 @@ def card_of(run: Run) -> EncoderCard:
         steps_done=run.step,
         metrics=run.metrics,
         licence=run.licence,
+        trained=run.options.init is not None or trains_encoder(run),
     )

@@ -1,24 +1,22 @@
 """Does MedDINOv3 learn from slices without collapsing, and what do its stages do? Minutes, so `pytest -m slow`.
 
-One run of all stages on 24 phantoms, 600 + 150 + 150 steps of the preset for a CPU, looked at between stages; 8 phantoms are held out.
-meddinov3.md 6.2; limits are the specification's unless a test says otherwise.
+One run of all stages on 24 phantoms, 600 + 150 + 150 steps of the preset for a CPU, looked at between stages; 8 phantoms are
+held out. meddinov3.md 6.2; limits are the specification's unless a test says otherwise.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from pretrain.methods.meddinov3.monitors import rank_me, spread
 from pretrain.methods.meddinov3.method import DINO, GRAM, HIGH
-from tests.slices import HELD_OUT, described, held_out, knows, learn, new_method, same_at_twice_the_size
+from pretrain.methods.meddinov3.monitors import rank_me, spread
+from tests.slices import HELD_OUT, described, held_out, knows, learn, new_method
 
 STEPS = {DINO: 600, GRAM: 150, HIGH: 150}
 
@@ -77,7 +75,7 @@ def test_features_use_many_directions(course: Course) -> None:
         found[stage] = (float(spread(known.places)), float(rank_me(known.patches[:2000])))
     print(found)
     stages = ["new", *STEPS]
-    for before, now in zip(stages, stages[1:], strict=False):
+    for before, now in itertools.pairwise(stages):
         assert found[now][0] > 0.3
         assert found[now][1] > 0.1 * course.method.student.backbone.embed_dim
         assert found[now][1] > 0.5 * found[before][1]
@@ -92,3 +90,40 @@ def test_class_tokens_know_the_height_and_patches_the_organ(course: Course) -> N
     assert found[DINO]["organs"] > found["new"]["organs"] + 0.1
     assert found[HIGH]["organs"] > found["new"]["organs"] + 0.1
     assert found[DINO]["organs"] > found["student"]["organs"] - 0.02
+
+
+def test_masked_patches_are_told_from_what_is_around_them(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check 5: better than the teacher's answers for other patches, and than a student that knows nothing."""
+    found = held_out(course.method, HIGH)["ibot"]
+    head = course.method.teacher.heads.ibot
+    original = head.directions
+
+    def shuffled(tokens: torch.Tensor) -> torch.Tensor:
+        made = original(tokens)
+        return made[torch.randperm(len(made), generator=torch.Generator().manual_seed(0))]
+
+    monkeypatch.setattr(head, "directions", shuffled)
+    other = held_out(course.method, HIGH)["ibot"]
+    nothing = 0.5 * math.log(course.method.config.codes)
+    print({"masked": found, "of other patches": other, "nothing known": nothing})
+    assert found < other
+    assert found < nothing
+
+
+def test_the_second_stage_brings_similarities_back(course: Course) -> None:
+    """Check 6."""
+    before, after = course.anchored[0], course.anchored[1]
+    dino = [
+        float(np.mean([row["dino_large"] for row in course.rows[GRAM][part]])) for part in (slice(20), slice(-20, None))
+    ]
+    print({"gram": (before, after), "dino": dino})
+    assert after < 0.7 * before
+    assert dino[1] < 1.1 * dino[0]
+
+
+def test_similarities_are_the_same_at_twice_the_size(course: Course) -> None:
+    """Check 9."""
+    found = {stage: same_at_twice_the_size(backbone) for stage, backbone in course.after.items()}
+    print(found)
+    assert found[HIGH] > 0.8
+    assert found[HIGH] >= found[GRAM] - 0.005

@@ -31,6 +31,7 @@ from pretrain.settings import configure
 from tests import layouts
 from tests.stubs import PLAN, make_home
 from tests.tiny import DATASET, Array, dataset_json, tiny_plan
+from trainers.sources import find_source
 
 CONFIGURATION = "3d_fullres_sac"
 CONFIG = PUMITConfig(**{**PUMITPretraining.presets["cpu"], "mim_batch": 2, "tokenizer_batch": 2})
@@ -353,9 +354,12 @@ def test_a_run_that_leaves_the_transformer_alone_says_so(home: Path, caplog: pyt
         run(run="words", stages="tokenizer", steps=2)
         assert "does not train the encoder" in caplog.text
         assert "--init pumit-words" in caplog.text
+        with pytest.raises(PretrainedMismatch, match="--init pumit-words"):
+            find_source(DATASET, "pumit-words", None, None, "cpu")
         caplog.clear()
         run(run="all", init="pumit-words", stages="mim", steps=2)
     assert "does not train" not in caplog.text
+    assert find_source(DATASET, "pumit-all", None, None, "cpu").weights.card.trained
 
 
 def test_no_tokenizer_beside_the_weights_is_none(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from planners.errors import PlanError, SettingsError
 from planners.paths import results
 from planners.plans import CPU_SUFFIX, load_plan, plan_hash
-from pretrain.checkpoint import CARD_NAME, EncoderCard, find_encoders, refuse_unfinished
+from pretrain.checkpoint import CARD_NAME, EncoderCard, find_encoders, refuse_unfinished, refuse_untrained
 from pretrain.fit import IMPORTED_SHARE
 from pretrain.importers.reading import read_weights
 from pretrain.importers.weights import Weights
@@ -57,7 +57,7 @@ def find_source(
     to weights: an encoder's folder or file, or a file somebody else published (`pretrain.importers`).
 
     Raises SettingsError when it is not clear which encoder is meant or when `plan_name` or `configuration` contradict
-    it, PretrainedMismatch for an unfinished one.
+    it, PretrainedMismatch for one that is unfinished or was not trained at all.
     """
     text = str(pretrained)
     if "/" in text or "\\" in text or Path(text).exists():
@@ -70,6 +70,7 @@ def find_source(
         return Source(weights, None, _ANY_SHARE if allow_partial else IMPORTED_SHARE)
     if not allow_partial:
         refuse_unfinished(card, path)
+        refuse_untrained(card, path)
     decided = _plan_of(dataset_name, card)
     for asked, own, option in ((plan_name, decided, "-p"), (configuration, card.configuration, "-c")):
         if asked is not None and decided is not None and asked != own:
