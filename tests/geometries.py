@@ -48,6 +48,10 @@ GEOMETRIES = {
 }
 
 
+SMALLER = {"meddinov3": {"batch": 4, "large": 64, "small": 32}}
+"""Settings with which the suites over the catalog take seconds."""
+
+
 def target_of(name: str, kind: str) -> Target:
     """A plan and a configuration for a method: the one place that knows which network each gets."""
     networks = entry(name).networks
@@ -104,7 +108,7 @@ def scans_of(kind: str, number: int = 4) -> dict[str, Array]:
 def build(name: str, target: Target, pool: list[CaseInfo], **settings: Any) -> PretrainMethod:
     """The method as the loop builds it, with its settings for a CPU and new weights. Raises PlanError as `plan` does."""
     method = load_method(name)
-    config = configure(method.Config, name, method.presets["cpu"], settings)
+    config = configure(method.Config, name, method.presets["cpu"], SMALLER.get(name, {}), settings)
     spec = method.plan(target, pool, config)
     torch.manual_seed(0)
     model = method(network_of(target), spec, config)  # type: ignore[call-arg]

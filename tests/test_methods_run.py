@@ -26,7 +26,7 @@ from pretrain.method import Batch, PretrainMethod
 from pretrain.pools import build_pool
 from pretrain.transfer import transfer
 from pretrain.volumes import Pool
-from tests.geometries import GEOMETRIES, build, every_method, network_of, target_of
+from tests.geometries import GEOMETRIES, SMALLER, build, every_method, network_of, target_of
 from tests.stubs import PLAN, make_home
 from tests.tiny import DATASET, write_tiny_plan
 
@@ -59,7 +59,8 @@ def enter(homes: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Call
 def run(name: str, kind: str, **options: Any) -> Path:
     """The folder of a run; one that is finished already is left alone, so tests share it."""
     configuration = target_of(name, kind).configuration
-    given = {"workers": 0, "steps": STEPS, **options}
+    settings = {f"{name}.{key}": value for key, value in SMALLER.get(name, {}).items()}
+    given = {"workers": 0, "steps": STEPS, "settings": settings, **options}
     return pretrain(DATASET, method=name, plan=PLAN, configuration=configuration, device="cpu", **given)
 
 

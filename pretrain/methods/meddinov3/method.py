@@ -450,18 +450,22 @@ class MedDINOv3Pretraining(PretrainMethod):
         self.anchor.load_state_dict(self.teacher.backbone.state_dict())
 
     def _stop_if_collapsed(self, terms: Terms, step: Step) -> None:
+        nothing = self.dino_centre.new_tensor(torch.nan)  # of a batch that shows nothing
+        measured = torch.stack([terms.get(name, nothing).float() for name in ("usage", "entropy", "spread")])
+        # All processes stop, or none.
+        usage, entropy, spread_ = self.gather(measured[None]).nanmean(0).tolist()
         signs = {
-            "all slices get the same answer": terms["usage"] < _ALIKE,
-            "the teacher has no opinion": terms["entropy"] > _UNDECIDED,
-            "all slices have the same features": terms["spread"] < _ONE_POINT,
-        } if "usage" in terms else {}  # fmt: skip
+            "all slices get the same answer": usage < _ALIKE,
+            "the teacher has no opinion": entropy > _UNDECIDED,
+            "all slices have the same features": spread_ < _ONE_POINT,
+        }
         seen = [what for what, sign in signs.items() if sign]
         self.collapsed_steps.copy_(self.collapsed_steps + 1 if seen else 0 * self.collapsed_steps)
         if step.index >= _COLLAPSE_FROM and self.collapsed_steps >= _COLLAPSED_SHARE * step.total:
             raise AutosegError(
                 f"The features have collapsed: {', '.join(seen)}",
                 found=f"{int(self.collapsed_steps)} steps in a row, up to step {step.index + 1} of {step.total}; "
-                + ", ".join(f"{name} {float(terms[name]):.3f}" for name in ("entropy", "usage", "spread")),
+                f"entropy {entropy:.3f}, usage {usage:.3f}, spread {spread_:.3f}",
                 remedy=f"start again with --overwrite and --set meddinov3.rate={self.config.rate / 4:g}, or from trained "
                 "weights (--init)",
             )
