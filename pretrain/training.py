@@ -266,7 +266,7 @@ def _clip(
 ) -> torch.Tensor:
     """Limit the gradients, of all parameters together or of each part by itself; the largest norm there was."""
     fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
-    parts = [list(method.get_submodule(name).parameters()) for name in stage.clip_apart] or [learning]
+    parts = [list(method.get_submodule(name).parameters()) for name in stage.clip_apart] or [list(learning)]
     return torch.stack([nn.utils.clip_grad_norm_(part, float(stage.clip_norm or 0)) for part in parts]).max()
 
 

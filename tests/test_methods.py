@@ -57,7 +57,7 @@ SEES = {"pumit": "vit", "meddinov3": "patch_embed"}
 LATE = {"pumit": 50, "meddinov3": 40}
 """Steps of methods that begin with an answer which is the same everywhere: the mean of all words, or any teacher's."""
 LEAST = {"meddinov3": 0.04}
-"""By how much of the loss one batch must lower it, where not 0.1: most of MedDINOv3's is the entropy of a teacher who follows."""
+"""By how much of the loss one batch must lower it, where not 0.1: MedDINOv3's is mostly the entropy of a teacher's answers."""
 CUTS_WHAT_IS_NOT_THERE = {"pcrl"}
 """Methods that refuse no scan for its size: their windows may reach over its border."""
 

@@ -1,4 +1,4 @@
-"""The head that turns a token into scores for prototypes; one for class tokens (DINO), one for patches (iBOT).
+"""The heads that turn tokens into scores for prototypes: one for class tokens (DINO), one for patches (iBOT).
 
 Source: facebookresearch/dinov3:dinov3/layers/dino_head.py. Unlike in DINO, the last layer's weights are not normalised.
 """
@@ -44,3 +44,13 @@ class Head(nn.Module):
         features = self.mlp(x)
         # 1e-12 is 0 in half precision
         return normalize(features, dim=-1, eps=1e-6 if features.dtype == torch.float16 else 1e-12)
+
+
+class HeadPair(nn.Module):
+    """A head for class tokens (DINO) and one for patches (iBOT), and the mask token that goes with them."""
+
+    def __init__(self, width: int, codes: int, hidden: int, bottleneck: int) -> None:
+        super().__init__()
+        self.dino = Head(width, codes, hidden=hidden, bottleneck=bottleneck)
+        self.ibot = Head(width, codes, hidden=hidden, bottleneck=bottleneck)
+        self.mask_token = nn.Parameter(torch.zeros(1, width))

@@ -31,7 +31,7 @@ from planners.errors import AutosegError, PlanError, SettingsError
 from pretrain.crops import best_of, share_shown
 from pretrain.encoders import encoder_of
 from pretrain.method import Batch, Export, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Target, Terms
-from pretrain.methods.meddinov3.heads import Head
+from pretrain.methods.meddinov3.heads import HeadPair
 from pretrain.methods.meddinov3.losses import (
     ROWS,
     dino_loss,
@@ -94,19 +94,9 @@ class MedDINOv3Spec:
 class Network(nn.Module):
     """A transformer, its heads for class tokens and patches, and what stands in for masked patches."""
 
-    def __init__(self, backbone: DinoViT, heads: nn.Module) -> None:
+    def __init__(self, backbone: DinoViT, heads: HeadPair) -> None:
         super().__init__()
         self.backbone, self.heads = backbone, heads
-
-
-class HeadPair(nn.Module):
-    """A head for class tokens (DINO) and one for patches (iBOT), and the mask token that goes with them."""
-
-    def __init__(self, width: int, codes: int, hidden: int, bottleneck: int) -> None:
-        super().__init__()
-        self.dino = Head(width, codes, hidden=hidden, bottleneck=bottleneck)
-        self.ibot = Head(width, codes, hidden=hidden, bottleneck=bottleneck)
-        self.mask_token = nn.Parameter(torch.zeros(1, width))
 
 
 class MedDINOv3Pretraining(PretrainMethod):
@@ -235,7 +225,7 @@ class MedDINOv3Pretraining(PretrainMethod):
         edges = (sizes.large,) if stage == DINO else (sizes.large, sizes.gram)
         large = [crop(_LARGE_AREA, *edges) for _ in range(2)]
         grid = (sizes.large // TOKEN,) * 2
-        made = {
+        made: dict[str, Any] = {
             "large": np.stack([each[0] for each in large]),
             "small": np.stack([crop(_SMALL_AREA, sizes.small)[0] for _ in range(spec.small_crops)]),
             "masked": np.stack([block_mask(grid, count, rng).ravel() for count in counts]),
@@ -312,7 +302,7 @@ class MedDINOv3Pretraining(PretrainMethod):
         tokens = {id(p) for p in (backbone.cls_token, backbone.reg_token, heads.mask_token)}
         groups: dict[tuple[Any, bool], list[nn.Parameter]] = {}
 
-        def add(parameter: nn.Parameter, scale: Any) -> None:
+        def add(parameter: Any, scale: Any) -> None:
             decays = parameter.ndim > 1 and id(parameter) not in tokens
             groups.setdefault((scale, decays), []).append(parameter)
 

@@ -51,9 +51,10 @@ def crop_sizes(config: MedDINOv3Config, edge: float) -> dict[str, tuple[Sizes, .
     finer = 2.0 if edge >= _DETAIL * large else 1.5
     plain = Sizes(large, small, _multiple(finer * large), config.batch)
     high = []
-    for share, wide, narrow, fine in _HIGH:
-        wide, fine = (edge * large / _REFERENCE for edge in (wide, fine))
-        sizes = Sizes(_multiple(wide), _multiple(small * narrow / _HIGH[0][2]), _multiple(fine), config.batch, share)
+    for share, *edges in _HIGH:
+        wide, fine = (edge * large / _REFERENCE for edge in (edges[0], edges[2]))
+        narrow = small * edges[1] / _HIGH[0][2]
+        sizes = Sizes(_multiple(wide), _multiple(narrow), _multiple(fine), config.batch, share)
         fewer = config.batch * _tokens(plain, config.small_crops) / _tokens(sizes, config.small_crops)
         high.append(replace(sizes, batch=max(min(_LEAST_BATCH, config.batch), round(fewer))))
     return {"dino": (plain,), "gram": (plain,), "high": tuple(high)}
