@@ -13,8 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from planners.errors import AutosegError, SettingsError
+from planners.files import read_json
+from pretrain.checkpoint import EncoderCard
+from pretrain.importers.reading import read_weights
 from pretrain.loop import pretrain
 from pretrain.method import Step
+from pretrain.methods.meddinov3 import method as method_module
 from pretrain.methods.meddinov3 import views
 from pretrain.methods.meddinov3.method import (
     DINO,
@@ -29,6 +33,7 @@ from pretrain.methods.meddinov3.settings import MedDINOv3Config, heads_of
 from pretrain.methods.meddinov3.sizes import crop_sizes
 from pretrain.methods.meddinov3.views import cut, distorted, draw_box
 from pretrain.optimise import build_optimizer, prepare_stage, rate_factor, set_rates, update_averages
+from tests import layouts
 from tests.geometries import batch_of, build, scans_of, target_of
 from tests.stubs import PLAN, make_home
 from tests.tiny import DATASET, write_tiny_plan
@@ -357,6 +362,18 @@ def test_small_batches_have_a_running_mean():
     assert [model(batch=b, centering=None).centring for b in (31, 32)] == ["softmax", "sinkhorn"]
 
 
+def test_scores_of_patches_are_never_all_there_at_once(monkeypatch):
+    """Neither the teacher's nor the student's, forward nor backward."""
+    monkeypatch.setattr(method_module, "ROWS", 5)
+    method, widths = model(), []
+    for network in (method.student, method.teacher):
+        network.heads.ibot.last_layer.register_forward_hook(lambda _, __, out: widths.append(out.shape[:-1].numel()))
+    batch = batch_of(method, scans_of("2d"), first(DINO))
+    method.loss(batch, first(DINO))["loss"].backward()
+    assert int(batch["masked"].sum()) > 10
+    assert max(widths) == 5
+
+
 # What rests, and what stops -------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +474,22 @@ def test_a_later_stage_goes_on_with_an_earlier_run(home: Path) -> None:
     heads = load_file(earlier / "heads.safetensors")
     distance = (student["student.heads.dino.mlp.0.weight"] - heads["dino.mlp.0.weight"]).abs().max()
     assert 0 <= float(distance) < 1e-2  # it began there: a new head is 0.1 away
+
+
+def test_published_weights_decide_the_network_and_its_details(home: Path, tmp_path: Path) -> None:
+    torch.save(layouts.meddinov3(), tmp_path / "model.pth")
+    folder = run(init=str(tmp_path / "model.pth"), settings={"meddinov3.late_momentum": 1.0, "meddinov3.momentum": 1.0})
+    card = EncoderCard.from_json(read_json(folder / "encoder.json"))
+    arguments = card.architecture["arch_kwargs"]
+    assert (arguments["embed_dim"], arguments["depth"], arguments["eps"]) == (128, 4, 1e-6)
+    assert "MedDINOv3" in card.licence
+    published = read_weights(tmp_path / "model.pth").tensors
+    kept = load_file(folder / "encoder.safetensors")
+    assert torch.equal(
+        kept["blocks.3.mlp.fc1.weight"], published["blocks.3.mlp.fc1.weight"]
+    )  # a teacher that never moves
+    summed = published["patch_embed.proj.weight"].sum(1, keepdim=True)
+    assert torch.allclose(kept["patch_embed.proj.weight"], summed, atol=1e-6)
 
 
 def test_the_size_decides_the_configuration():

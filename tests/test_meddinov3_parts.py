@@ -166,9 +166,9 @@ def test_the_ibot_loss_is_over_all_crops_and_each_masked_crop_weighs_alike():
     tokens = noise(32, 196, 4).requires_grad_()
     rows = tokens[masked]
     targets = torch.full((len(rows), 4), 0.25)
-    loss = ibot_loss(rows, lambda x: 0 * x, targets, itself, masked_weights(masked), 32)
+    loss = ibot_loss(rows, lambda x: 0 * x, targets, itself, masked_weights(masked), 32, rows=2048)
     assert float(loss) / math.log(4) == pytest.approx(0.5)
-    ibot_loss(rows, itself, targets, itself, masked_weights(masked), 32).backward()
+    ibot_loss(rows, itself, targets, itself, masked_weights(masked), 32, rows=2048).backward()
     assert (tokens.grad[masked] != 0).any(1).all()
     assert not tokens.grad[~masked].any()
 
@@ -191,7 +191,9 @@ def test_the_ibot_loss_and_its_gradients_do_not_depend_on_the_rows_at_a_time():
 
 def test_without_masks_the_ibot_loss_is_0_and_has_a_gradient():
     features = noise(0, 6).requires_grad_()
-    loss = ibot_loss(features, Head(6, 9, hidden=8, bottleneck=5), torch.empty(0, 9), itself, torch.empty(0), 4)
+    loss = ibot_loss(
+        features, Head(6, 9, hidden=8, bottleneck=5), torch.empty(0, 9), itself, torch.empty(0), 4, rows=2048
+    )
     loss.backward()
     assert float(loss) == 0
 
@@ -221,7 +223,7 @@ def test_koleo_of_one_sample_is_0():
 
 def every_loss() -> list[float]:
     p = noise(2, 4, 9, seed=3).softmax(-1)
-    ibot = ibot_loss(p[0], itself, p[1], itself, torch.ones(4), 4)
+    ibot = ibot_loss(p[0], itself, p[1], itself, torch.ones(4), 4, rows=2048)
     losses = [dino_loss(noise(2, 4, 9), p), ibot, koleo(noise(6, 8)), gram_loss(noise(2, 5, 3), noise(2, 5, 3, seed=1))]
     return [float(loss) for loss in losses]
 

@@ -19,8 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 Gather = Callable[[Tensor], Tensor]
 STUDENT_TEMPERATURE = 0.1
-ROWS = 2048
-"""Patches whose logits are there at once."""
 
 # What the teacher says -------------------------------------------------------------------------------------------------
 
@@ -102,7 +100,7 @@ def ibot_loss(
     weights: Tensor,
     crops: int,
     *,
-    rows: int = ROWS,
+    rows: int,
 ) -> Tensor:
     """Weighted cross-entropy of masked patches, divided by the number of all crops, masked or not.
 

@@ -33,7 +33,6 @@ from pretrain.encoders import encoder_of
 from pretrain.method import Batch, Export, MomentumPair, ParameterGroup, PretrainMethod, Stage, Step, Target, Terms
 from pretrain.methods.meddinov3.heads import HeadPair
 from pretrain.methods.meddinov3.losses import (
-    ROWS,
     dino_loss,
     gram_loss,
     ibot_loss,
@@ -71,6 +70,8 @@ _LATER_LOCAL = 0.5  # weight of the small crops' term in later stages
 _MOST_REFRESHES = 3
 _ROPE_RESCALE = 2.0
 _RANKED_PATCHES = 2048
+ROWS = 2048
+"""Patches whose scores are there at once: with 65536 prototypes half a gigabyte."""
 _COLLAPSE_FROM, _COLLAPSED_SHARE = 200, 0.1  # steps; of the stage's steps in a row
 _UNDECIDED, _ALIKE, _ONE_POINT = 0.9995, 0.1, 0.03
 
@@ -367,6 +368,7 @@ class MedDINOv3Pretraining(PretrainMethod):
             lambda rows: targets_of(taught.ibot.last_layer(rows), shift, temperature),
             masked_weights(masked),
             crops,
+            rows=ROWS,
         )
         apart = sum(koleo(view) for view in class_tokens.unflatten(0, (-1, slices)))
 

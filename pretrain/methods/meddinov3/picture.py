@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import avg_pool2d, interpolate, normalize
 
 from pretrain.method import Batch
 from pretrain.networks.dino_vit import TOKEN, DinoViT
@@ -45,7 +45,7 @@ def draw_task(teacher: DinoViT, batch: Batch) -> Figure:
         small = batch["small"][number, :_STRIP].float().cpu().numpy()
         grid = (2, 2) if len(small) == _STRIP else (1, len(small))
         show_montage(rows[number, 2], list(small), grid, [None] * len(small), columns[2] if number == 0 else "")
-        place = _telling_patch(maps[0][number])
+        place = _telling_patch(maps[0][number], images[number, 0])
         for size, (tokens, colour) in enumerate(zip(maps, colours, strict=True)):
             rows[number, 3 + size].imshow(colour[number].cpu().numpy(), interpolation="nearest")
             axis = rows[number, 5 + size]
@@ -78,10 +78,12 @@ def components(tokens: Tensor) -> Tensor:
     return scaled.unflatten(0, tokens.shape[:3])
 
 
-def _telling_patch(tokens: Tensor) -> tuple[int, int]:
-    """The patch that differs most from the mean of its image: background is what most patches are."""
-    flat = tokens.flatten(0, 1)
-    return divmod(int((flat @ normalize(flat.mean(0), dim=0)).argmin()), tokens.shape[1])
+def _telling_patch(tokens: Tensor, image: Tensor) -> tuple[int, int]:
+    """Of the brighter half of the patches, which show more than air, the one that differs most from their mean."""
+    flat, brightness = tokens.flatten(0, 1), avg_pool2d(image[None], TOKEN)[0].flatten()
+    bright = brightness >= brightness.median()
+    common = flat @ normalize(flat[bright].mean(0), dim=0)
+    return divmod(int(common.masked_fill(~bright, torch.inf).argmin()), tokens.shape[1])
 
 
 def _similarity(tokens: Tensor, place: list[int]) -> np.ndarray:
