@@ -24,7 +24,8 @@ from planners.sac import SIZES as PUMIT_SIZES
 from planners.vit import SIZES as VIT_SIZES
 from pretrain.method import Batch, PretrainMethod, Step
 from pretrain.methods.meddinov3.masks import block_mask, masked_counts
-from pretrain.methods.meddinov3.method import DINO, MedDINOv3Pretraining, MedDINOv3Spec
+from pretrain.methods.meddinov3.method import MedDINOv3Pretraining, MedDINOv3Spec
+from pretrain.methods.meddinov3.schedules import DINO
 from pretrain.methods.meddinov3.settings import MedDINOv3Config
 from pretrain.methods.meddinov3.sizes import crop_sizes
 from pretrain.methods.pumit.masking import visible_count

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.methods.meddinov3.method import DINO, GRAM, HIGH
 from pretrain.methods.meddinov3.monitors import rank_me, spread
+from pretrain.methods.meddinov3.schedules import DINO, GRAM, HIGH
 from tests.slices import HELD_OUT, described, held_out, knows, learn, new_method, same_at_twice_the_size
 
 STEPS = {DINO: 600, GRAM: 150, HIGH: 150}

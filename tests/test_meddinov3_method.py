@@ -20,11 +20,11 @@ from pretrain.loop import pretrain
 from pretrain.method import Step
 from pretrain.methods.meddinov3 import method as method_module
 from pretrain.methods.meddinov3 import views
-from pretrain.methods.meddinov3.method import (
+from pretrain.methods.meddinov3.method import MedDINOv3Pretraining
+from pretrain.methods.meddinov3.schedules import (
     DINO,
     GRAM,
     HIGH,
-    MedDINOv3Pretraining,
     gram_weight,
     late_fall,
     slow_rise,

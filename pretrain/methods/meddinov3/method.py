@@ -46,6 +46,17 @@ from pretrain.methods.meddinov3.losses import (
 )
 from pretrain.methods.meddinov3.masks import block_mask, masked_counts
 from pretrain.methods.meddinov3.monitors import rank_me, spread, target_entropy, usage_entropy
+from pretrain.methods.meddinov3.schedules import (
+    DINO,
+    GRAM,
+    HIGH,
+    WARM_UP,
+    gram_weight,
+    last_layer_scale,
+    late_fall,
+    slow_rise,
+    teacher_temperature,
+)
 from pretrain.methods.meddinov3.settings import MedDINOv3Config, heads_of
 from pretrain.methods.meddinov3.sizes import Sizes, crop_sizes
 from pretrain.methods.meddinov3.views import cut, distorted, draw_box
@@ -54,18 +65,13 @@ from pretrain.volumes import CaseInfo, Volume
 
 logger = logging.getLogger("autoseg")
 
-DINO, GRAM, HIGH = "dino", "gram", "high"
 _CONFIGURATION = "2d_vit"
 _LARGE_AREA, _SMALL_AREA = (0.32, 1.0), (0.05, 0.32)
 _WANTED_SHOWN, _HOPELESS = 0.1, 0.05
 _FEW_TO_BEGIN, _FEW, _FEW_FOR_RATE = 500, 5_000, 50_000  # slices
 _PASSES = 20
 _SMALL_BATCH = 32  # slices; below, the prototypes of a batch cannot be used equally
-_FIRST_TEMPERATURE = 0.04
-_WARM_UP = 0.1
-_LAST_LAYERS_REST = 0.1  # of the warm-up
 _PATCHES_RATE = 0.2
-_GRAM_WEIGHT, _HIGH_GRAM_WEIGHT = 2.0, 1.5
 _LATER_LOCAL = 0.5  # weight of the small crops' term in later stages
 _MOST_REFRESHES = 3
 _ROPE_RESCALE = 2.0
@@ -83,7 +89,7 @@ class MedDINOv3Spec:
     sizes: Mapping[str, tuple[Sizes, ...]]
     """By stage, the combinations of crops of which each batch has one."""
     small_crops: int
-    window: tuple[bool, ...]
+    unitless: tuple[bool, ...]
     """The channels whose numbers have no unit."""
     mirror: float
     distort: float
@@ -169,7 +175,7 @@ class MedDINOv3Pretraining(PretrainMethod):
         return MedDINOv3Spec(
             sizes={stage: sizes[stage] for stage in (DINO, GRAM, HIGH)},
             small_crops=config.small_crops,
-            window=tuple(scheme != "CTNormalization" for scheme in target.settings["normalization_schemes"]),
+            unitless=tuple(scheme != "CTNormalization" for scheme in target.settings["normalization_schemes"]),
             mirror=config.mirror,
             distort=config.distort,
             slices=slices,
@@ -220,7 +226,7 @@ class MedDINOv3Pretraining(PretrainMethod):
 
             (first, *others), _ = best_of(5, one, _WANTED_SHOWN)
             flip = stage != HIGH and rng.random() < spec.mirror
-            made = [distorted(first, case.info, spec.window, spec.distort, rng), *others]
+            made = [distorted(first, case.info, spec.unitless, spec.distort, rng), *others]
             return [np.ascontiguousarray(each[:, :, ::-1]) if flip else each for each in made]
 
         edges = (sizes.large,) if stage == DINO else (sizes.large, sizes.gram)
@@ -272,7 +278,7 @@ class MedDINOv3Pretraining(PretrainMethod):
             "frozen": ("teacher", "anchor"),
         }
         return [
-            Stage(DINO, learning_rate=rate, warm_up=_WARM_UP, schedule=late_fall, **shared),
+            Stage(DINO, learning_rate=rate, warm_up=WARM_UP, schedule=late_fall, **shared),
             Stage(
                 GRAM,
                 share=config.gram_share,
@@ -344,7 +350,7 @@ class MedDINOv3Pretraining(PretrainMethod):
         large, small = views["large"].flatten(0, 1), views["small"].flatten(0, 1)
         masked = views["masked"].flatten(0, 1)
         slices, crops = views["large"].shape[1], len(large)
-        temperature = self.temperature(step)
+        temperature = teacher_temperature(step, self.config.temperature)
 
         with torch.no_grad():
             known_class, known_patches = self.teacher.backbone.tokens(large)
@@ -420,12 +426,6 @@ class MedDINOv3Pretraining(PretrainMethod):
             terms["rank"] = rank_me(rows[:: -(-len(rows) // _RANKED_PATCHES)])
         return terms
 
-    def temperature(self, step: Step) -> float:
-        """Of the teacher: it rises during the warm-up of stage dino."""
-        share = min(1.0, step.progress / _WARM_UP) if step.stage == DINO else 1.0
-        begin = min(_FIRST_TEMPERATURE, self.config.temperature)
-        return begin + share * (self.config.temperature - begin)
-
     def after_step(self, batch: Batch, terms: Terms, step: Step) -> None:
         """Running means of the teacher's logits; the anchor of the later stages; stop a run that has collapsed."""
         if self.centring == "softmax":
@@ -496,31 +496,6 @@ class Scores:
     def __iter__(self) -> Any:
         for part in self.directions.split(ROWS):
             yield self.last_layer(part)
-
-
-# Schedules ------------------------------------------------------------------------------------------------------------------
-
-
-def late_fall(done: float) -> float:
-    """1, and in the last tenth linearly down to a tenth."""
-    return min(1.0, 1.0 - 0.9 * (done - 0.9) / 0.1)
-
-
-def slow_rise(done: float) -> float:
-    """From 0 to 1 as half a cosine."""
-    return 0.5 * (1 - math.cos(math.pi * done))
-
-
-def gram_weight(step: Step) -> float:
-    """From 0 to 2 as half a cosine in the first twentieth of stage gram; 1.5 in stage high."""
-    if step.stage == HIGH:
-        return _HIGH_GRAM_WEIGHT
-    return _GRAM_WEIGHT * slow_rise(min(1.0, step.progress / 0.05))
-
-
-def last_layer_scale(step: Step) -> float:
-    """0 in the first tenth of the warm-up of stage dino, then 1: prototypes do not move before there is something to say."""
-    return 0.0 if step.stage == DINO and step.progress < _WARM_UP * _LAST_LAYERS_REST else 1.0
 
 
 def _advise(slices: int, config: MedDINOv3Config, initialised: bool) -> None:

@@ -54,7 +54,7 @@ def cut(plane: np.ndarray, box: Box, edge: int) -> np.ndarray:
 
 
 def distorted(
-    image: np.ndarray, info: CaseInfo, window: Sequence[bool], amount: float, rng: np.random.Generator
+    image: np.ndarray, info: CaseInfo, unitless: Sequence[bool], amount: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Other intensities of (channels, y, x), each change with a probability of its own for each channel.
 
@@ -62,7 +62,7 @@ def distorted(
     of what lies between the scan's extremes). Of several channels one is left out at times.
 
     Args:
-        window: the channels whose numbers have no unit (MR): they are scaled (0.7 to 1.3) and shifted (±0.3) too.
+        unitless: the channels whose numbers have no unit (MR): they are scaled (0.7 to 1.3) and shifted (±0.3) too.
         amount: multiplies the probabilities.
     """
 
@@ -73,7 +73,7 @@ def distorted(
     unit = info.intensity_std
     for channel, (low, high) in enumerate(info.channel_ranges):
         plane = made[channel]
-        if window[channel] and happens(_WINDOW):
+        if unitless[channel] and happens(_WINDOW):
             mean = plane.mean()
             plane = mean + (plane - mean) * rng.uniform(0.7, 1.3) + unit * rng.uniform(-0.3, 0.3)
         if happens(_NOISE):
