@@ -26,7 +26,7 @@ from planners.sac import SIZES, arguments_of_size, choose_sac
 from planners.swin import NETWORK as SWIN
 from planners.swin import choose_swin, default_features
 from planners.vit import NETWORK as MEDDINOV3
-from planners.vit import SIZES as VIT_SIZES
+from planners.vit import SIZE_NAMES as VIT_SIZES
 from planners.vit import arguments_of_size as vit_of_size
 from planners.vit import choose_vit, own_data
 
@@ -200,9 +200,8 @@ def _parsed(name: str) -> tuple[_Rule, str | None] | None:
     """The rule of a name and the size after it."""
     if name in _RULES:
         return _RULES[name], None
-    start, _, size = name.rpartition("_")
-    rule = _RULES.get(start)
-    return None if rule is None or not rule.is_size(size) else (rule, size)
+    found = ((rule, name.removeprefix(f"{start}_")) for start, rule in _RULES.items() if name.startswith(f"{start}_"))
+    return next(((rule, size) for rule, size in found if rule.is_size(size)), None)
 
 
 def _derived(plan: Mapping, name: str) -> dict:

@@ -23,6 +23,9 @@ SIZES = {
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
 }
 """The size in the name of a configuration → the transformer; base is the published one."""
+_LAST = "last"
+SIZE_NAMES = (*SIZES, _LAST, *(f"{size}_{_LAST}" for size in SIZES))
+"""What may follow `2d_vit_`; with `last` the decoder sees the last block alone, as in the paper's ablation."""
 _FOR_A_CPU = {"embed_dim": 96, "depth": 4, "num_heads": 3}
 _LONG_SIDE, _SHORT_SIDE = 896, 224
 _LARGEST_FACTOR = 4
@@ -32,10 +35,12 @@ _DROP_PATH = 0.2
 
 
 def arguments_of_size(plan: Mapping, size: str | None) -> dict[str, Any]:
-    """The transformer; without a `size` base, and in the small plan one that a CPU trains in minutes."""
-    if size is None and is_small(plan):
-        return released_arguments(_FOR_A_CPU)
-    return released_arguments(SIZES[size or "base"])
+    """The network of a size (of `SIZE_NAMES`); without one base, and in the small plan one that a CPU trains in minutes."""
+    parts = size.split("_") if size else []
+    usual = _FOR_A_CPU if is_small(plan) else SIZES["base"]
+    transformer = SIZES.get(parts[0], usual) if parts else usual
+    arguments = released_arguments(transformer)
+    return arguments | {"taken": [transformer["depth"] - 1]} if _LAST in parts else arguments
 
 
 def released_arguments(transformer: Mapping[str, int]) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from planners.configurations import carried_over, configuration_like, derivable, with_configuration
 from planners.errors import PlanError
 from planners.plans import preprocessing_hash, resolved
 from planners.vit import SIZES, training_gb
 from pretrain.encoders import build_segmentation_network, encoder_info
+from pretrain.networks.dino import MedDINOv3
 from tests.test_configurations import plan_for, rows
 from tests.tiny import dataset_json
 
@@ -42,6 +44,18 @@ def test_the_size_follows_from_the_name_and_the_budget(budget, name, size):
     assert arguments["use_checkpoint"] == (budget == "full")
     assert derivable(name)
     assert not derivable("2d_vit_large")
+
+
+@pytest.mark.parametrize(("name", "width", "taken"), [("2d_vit_last", 768, [11]), ("2d_vit_small_last", 384, [11])])
+def test_the_last_block_alone_is_a_choice(name, width, taken):
+    """For the paper's ablation: a decoder of 1.57 M parameters at base size and one class (meddinov3.md 2.2)."""
+    arguments = vit(name)["architecture"]["arch_kwargs"]
+    assert (arguments["embed_dim"], arguments["taken"]) == (width, taken)
+    assert not derivable("2d_vit_last_small")
+    if width == 768:
+        with torch.device("meta"):
+            decoder = MedDINOv3(1, 1, **arguments).decoder
+        assert sum(p.numel() for p in decoder.parameters()) / 1e6 == pytest.approx(1.57, abs=0.01)
 
 
 def test_the_papers_slices_are_enlarged_as_in_the_paper():
@@ -130,9 +144,9 @@ def test_the_memory_estimate_is_what_was_measured_or_a_little_more(size, patch, 
 def test_plan_and_network_agree():
     plan = vit_plan(budget="cpu", patch=(40, 56))
     info = encoder_info(plan, "2d_vit", dataset_json())
-    assert (info.spatial_dims, info.total_stride, info.features) == (2, (16, 16), (192,) * 4)
+    assert (info.spatial_dims, info.total_stride, info.features) == (2, (16, 16), (96,) * 4)
     network = build_segmentation_network(plan, "2d_vit", dataset_json())
-    assert network.encoder.blocks[11].drop_path2.drop_prob == 0.2
+    assert network.encoder.blocks[3].drop_path2.drop_prob == 0.2
 
 
 def test_weights_bring_their_network_and_the_rule_the_patch():
@@ -150,5 +164,5 @@ def test_weights_bring_their_network_and_the_rule_the_patch():
 
 
 def test_sizes_that_do_not_exist_are_refused_with_those_that_do():
-    with pytest.raises(PlanError, match=r"2d_vit\[_SIZE\] \(SIZE: tiny, small, base\)"):
+    with pytest.raises(PlanError, match=r"2d_vit\[_SIZE\] \(SIZE: tiny, small, base, last, tiny_last"):
         vit("2d_vit_large")
