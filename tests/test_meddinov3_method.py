@@ -36,6 +36,7 @@ from pretrain.optimise import build_optimizer, prepare_stage, rate_factor, set_r
 from tests import layouts
 from tests.geometries import batch_of, build, scans_of, target_of
 from tests.stubs import PLAN, make_home
+from tests.test_methods_run import stop_after
 from tests.tiny import DATASET, write_tiny_plan
 
 NAME = "meddinov3"
@@ -474,6 +475,19 @@ def test_a_later_stage_goes_on_with_an_earlier_run(home: Path) -> None:
     heads = load_file(earlier / "heads.safetensors")
     distance = (student["student.heads.dino.mlp.0.weight"] - heads["dino.mlp.0.weight"]).abs().max()
     assert 0 <= float(distance) < 1e-2  # it began there: a new head is 0.1 away
+
+
+def test_a_run_goes_on_inside_its_stages(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """meddinov3.md 6.1 (18), with interruptions in the first stage and in the last."""
+    whole = run(run="whole", steps=6)
+    for steps in (1, 4):
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps)
+            with pytest.raises(SystemExit):
+                run(run="parts", steps=6)
+    parts = run(run="parts", steps=6)
+    states = [torch.load(folder / "state.pt", weights_only=True)["method"] for folder in (whole, parts)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 def test_published_weights_decide_the_network_and_its_details(home: Path, tmp_path: Path) -> None:
