@@ -68,16 +68,16 @@ def test_logits_are_those_of_nnunet_up_to_its_half_precision(trained):
     assert (mine - theirs.float()).abs().median() < 1e-3
 
 
-def test_flips_together_or_one_by_one_are_the_same(trained, monkeypatch):
+def test_windows_and_flips_together_or_one_by_one_are_the_same(trained, monkeypatch):
     predictor = AutosegPredictor(torch.device("cpu"))
     predictor.initialize_from_trained_model_folder(trained.model, (0,))
-    data = torch.randn(1, 8, 24, 20, generator=torch.Generator().manual_seed(0))
+    data = torch.randn(1, 16, 24, 20, generator=torch.Generator().manual_seed(0))  # three windows
     sizes = []
     predictor.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     together = predictor.predict_logits_from_preprocessed_data(data)
     monkeypatch.setattr("trainers.predictor._VOXELS_PER_FORWARD", {"cpu": 1})
     one_by_one = predictor.predict_logits_from_preprocessed_data(data)
-    assert sizes == [8] + [1] * 8
+    assert sizes == [24] + [1] * 24
     assert torch.allclose(together, one_by_one, atol=1e-5)
 
 

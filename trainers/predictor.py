@@ -174,23 +174,31 @@ class AutosegPredictor(nnUNetPredictor):
         weights = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=device).float()
         total = torch.zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), device=device)
         weight_sum = torch.zeros(data.shape[1:], device=device)
-        for window in slicers:
-            image = data[window][None].to(self.device)
-            total[window].addcmul_(self._internal_maybe_mirror_and_predict(image)[0].to(device), weights)
-            weight_sum[window[1:]] += weights
+        # Windows of one slice are small: several at once, beside their mirrored copies.
+        together = max(1, _VOXELS_PER_FORWARD[self.device.type] // (len(self._flips(len(patch))) * weights.numel()))
+        for first in range(0, len(slicers), together):
+            windows = slicers[first : first + together]
+            images = torch.stack([data[window] for window in windows]).to(self.device)
+            for window, logits in zip(windows, self._internal_maybe_mirror_and_predict(images), strict=True):
+                total[window].addcmul_(logits.to(device), weights)
+                weight_sum[window[1:]] += weights
         return total.div_(weight_sum)
+
+    def _flips(self, dimensions: int) -> list[tuple[int, ...]]:
+        """Axes of (N, C, *patch) that are mirrored together, for each copy of a window."""
+        axes = [a + 2 for a in (self.allowed_mirroring_axes or ()) if a < dimensions] if self.use_mirroring else []
+        return [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
 
     @torch.inference_mode()
     def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
-        """(1, C, *patch) -> mean logits (1, heads, *patch) float32 over all mirrored copies."""
-        axes = [a + 2 for a in (self.allowed_mirroring_axes or ())] if self.use_mirroring else []
-        flips = [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
+        """(N, C, *patch) -> mean logits (N, heads, *patch) float32 over all mirrored copies."""
+        flips = self._flips(x.ndim - 2)
         together = max(1, min(len(flips), _VOXELS_PER_FORWARD[self.device.type] // x[0, 0].numel()))
         total: Tensor | None = None
         for start in range(0, len(flips), together):
             chunk = flips[start : start + together]
             outputs = self._forward(torch.cat([torch.flip(x, flip) for flip in chunk]))
-            for output, flip in zip(outputs.split(1), chunk, strict=True):
+            for output, flip in zip(outputs.split(len(x)), chunk, strict=True):
                 logits = torch.flip(output, flip).float()
                 total = logits if total is None else total.add_(logits)
         if total is None:
