@@ -127,7 +127,7 @@ def test_the_anchor_sees_what_the_student_sees_without_distortions(monkeypatch):
     monkeypatch.setattr(method_module, "distorted", lambda image, *others: 0 * image)
     blank = sample(1.0)
     assert not blank["large"].any()
-    assert np.ptp(blank["fine"]) > 1
+    assert blank["fine"].std() > 0.05  # noise of the scan, at least
 
 
 @pytest.mark.parametrize("area", [(0.32, 1.0), (0.05, 0.32)])
