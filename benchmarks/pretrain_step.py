@@ -73,7 +73,7 @@ def meddinov3(size: str, number: int) -> tuple[PretrainMethod, Maker]:
     config = MedDINOv3Config(size=size, batch=number)  # type: ignore[arg-type]
     sizes = crop_sizes(config, WIDE)
     assert sizes is not None
-    spec = MedDINOv3Spec(sizes, config.small_crops, (False,), config.mirror, config.distort, MANY_SLICES, False)
+    spec = MedDINOv3Spec(sizes, config.small_crops, (False,), config.mirror, config.distort, MANY_SLICES, False, True)
     rng = np.random.default_rng(0)
 
     def make(stage: str) -> Batch:

@@ -381,6 +381,26 @@ def test_scores_of_patches_are_never_all_there_at_once(monkeypatch):
     assert max(widths) == 5
 
 
+def test_a_plan_short_of_memory_computes_blocks_twice_with_the_same_gradients():
+    """Counted by what the first block is asked: student's large and small crops, forward and once more backward."""
+    target, pool = target_of(NAME, "2d"), [scan.info for scan in scans_of("2d").values()]
+    gradients, calls = [], []
+    for checkpoint in (False, True):
+        arguments = target.settings["architecture"]["arch_kwargs"] | {"use_checkpoint": checkpoint}
+        changed = {**target.plan, "configurations": {**target.plan["configurations"]}}
+        own = changed["configurations"]["2d_vit"]
+        architecture = {**own["architecture"], "arch_kwargs": arguments}
+        changed["configurations"]["2d_vit"] = {**own, "architecture": architecture}
+        method: Any = build(NAME, replace(target, plan=changed), pool).eval()
+        count: list[int] = []
+        method.student.backbone.blocks[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        method.loss(batch_of(method, scans_of("2d"), first(DINO)), first(DINO))["loss"].backward()
+        gradients.append(method.student.backbone.blocks[0].attn.qkv.weight.grad)
+        calls.append(len(count))
+    assert calls == [2, 4]
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-8)
+
+
 # What rests, and what stops -------------------------------------------------------------------------------------------------
 
 

@@ -96,6 +96,8 @@ class MedDINOv3Spec:
     slices: int
     """With foreground, of all scans."""
     initialised: bool
+    checkpoint: bool
+    """Whether blocks are computed once more in the backward pass, as the plan does where memory is short."""
 
 
 class Network(nn.Module):
@@ -180,6 +182,7 @@ class MedDINOv3Pretraining(PretrainMethod):
             distort=config.distort,
             slices=slices,
             initialised=target.initialised,
+            checkpoint=bool(target.settings["architecture"]["arch_kwargs"].get("use_checkpoint")),
         )
 
     @staticmethod
@@ -256,6 +259,7 @@ class MedDINOv3Pretraining(PretrainMethod):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.anchor = copy.deepcopy(backbone).requires_grad_(False)
         backbone.rope.rescale_coords, backbone.rope.aug_active = _ROPE_RESCALE, True
+        backbone.set_grad_checkpointing(spec.checkpoint)
         few = spec.slices < _FEW
         self.momentum = config.momentum if config.momentum is not None else 0.996 if few else 0.994
         self.koleo_weight = config.koleo if config.koleo is not None else 0.0 if few else 0.1
