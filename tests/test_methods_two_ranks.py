@@ -38,7 +38,7 @@ ONE_GEOMETRY = {"pumit": {"zoom": 0.0}, "meddinov3": {"koleo": 0.0, "centering":
 """Settings with which the views of both ranks are of one kind, so that one batch can hold them; and without MedDINOv3's
 neighbours, which are sought among a rank's own slices."""
 
-COUNTS_FAILURES = {"pumit"}
+COUNTS_FAILURES = {"pumit", "meddinov3"}
 """Methods whose buffers change where something goes wrong only."""
 
 

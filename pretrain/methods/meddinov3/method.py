@@ -455,7 +455,8 @@ class MedDINOv3Pretraining(PretrainMethod):
             "the teacher has no opinion": entropy > _UNDECIDED,
             "all slices have the same features": spread_ < _ONE_POINT,
         }
-        seen = [what for what, sign in signs.items() if sign]
+        begun = step.stage != DINO or step.progress >= WARM_UP  # before, no teacher has an opinion
+        seen = [what for what, sign in signs.items() if sign and begun]
         self.collapsed_steps.copy_(self.collapsed_steps + 1 if seen else 0 * self.collapsed_steps)
         if step.index >= _COLLAPSE_FROM and self.collapsed_steps >= _COLLAPSED_SHARE * step.total:
             raise AutosegError(
