@@ -17,6 +17,7 @@ from autoseg.comparison.statistics import SHARE_OF_SCRATCH, Line
 # Okabe and Ito's colours, told apart by colour-blind people too; scratch is black.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6914")
 _DASHES = ("-", "--", ":")
+_LETTERS_PER_INCH = 11  # of a legend, about
 
 
 def draw_dice_over_labels(lines: Sequence[Line]) -> Figure:
@@ -53,7 +54,7 @@ def draw_dice_over_labels(lines: Sequence[Line]) -> Figure:
         axis.set_xlim(min(fractions) / 1.3, max(fractions) * 1.3)
         axis.set_xlabel("share of the training cases with labels")
         axis.grid(axis="y", color="0.9")
-    figure.legend(loc="outside lower center", ncols=min(len(arms), 5), frameon=False)
+    figure.legend(loc="outside lower center", ncols=_columns(figure, arms), frameon=False)
     return figure
 
 
@@ -83,9 +84,15 @@ def draw_learning_curves(outcomes: Sequence[Outcome], arms: Sequence[Arm]) -> Fi
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(axis="y", color="0.9")
     axes[0].set_ylabel("Dice of validation patches")
-    figure.legend(loc="outside lower center", ncols=min(len(names), 5), frameon=False,
+    figure.legend(loc="outside lower center", ncols=_columns(figure, names), frameon=False,
                   title="grey: 90 % of what scratch ends with")  # fmt: skip
     return figure
+
+
+def _columns(figure: Figure, names: Sequence[str]) -> int:
+    """Columns of the legend that fit beside each other: an arm's options make its name long."""
+    widest = max(map(len, names)) + 6  # with the line before it
+    return max(1, min(len(names), 5, int(_LETTERS_PER_INCH * figure.get_figwidth() / widest)))
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
