@@ -122,9 +122,10 @@ def pretrain(
     """Learn an encoder from the scans alone."""
     begin(root)
     from autoseg import commands
+    from planners.files import read_json
 
     home, *others = dataset
-    commands.pretrain(
+    folder = commands.pretrain(
         home,
         method=method,
         more_datasets=tuple(others),
@@ -146,7 +147,8 @@ def pretrain(
         overwrite=overwrite,
         root=root,
     )
-    if not show_config:
+    # Stages that leave the encoder as new have said how to go on.
+    if not show_config and read_json(folder / "encoder.json").get("trained", True):
         print(f"Next: autoseg train -d {home} --pretrained {method + '-' + run if run else method}")
 
 
