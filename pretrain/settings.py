@@ -10,11 +10,13 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from planners.errors import SettingsError
 
 T = TypeVar("T")
+ANY_CASE = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+"""For a field whose values are names: they may be typed in capitals."""
 
 
 def configure(config: type[T], prefix: str, *layers: Mapping[str, Any]) -> T:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
+from pretrain.settings import ANY_CASE
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class MedDINOv3Config:
     """Steps of stage gram for one of stage dino."""
     high_share: Annotated[float, Field(gt=0)] = 0.05
     """Steps of stage high for one of stage dino."""
-    size: Annotated[Literal["tiny", "small", "base"], BeforeValidator(_lower)] | None = None
+    size: Annotated[Literal["tiny", "small", "base"], ANY_CASE] | None = None
     """The configuration 2d_vit_SIZE and heads to match; none: 2d_vit, as large as the plan has it."""
     batch: Annotated[int, Field(ge=2)] = 64
     """Slices of a batch; fewer in stage high, whose crops are larger."""

@@ -52,7 +52,7 @@ def crop_sizes(config: MedDINOv3Config, edge: float) -> dict[str, tuple[Sizes, .
     plain = Sizes(large, small, _multiple(finer * large), config.batch)
     high = []
     for share, *edges in _HIGH:
-        wide, fine = (edge * large / _REFERENCE for edge in (edges[0], edges[2]))
+        wide, fine = (wanted * large / _REFERENCE for wanted in (edges[0], edges[2]))
         narrow = small * edges[1] / _HIGH[0][2]
         sizes = Sizes(_multiple(wide), _multiple(narrow), _multiple(fine), config.batch, share)
         fewer = config.batch * _tokens(plain, config.small_crops) / _tokens(sizes, config.small_crops)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
+
+from pretrain.settings import ANY_CASE
 
 OFFICIAL = "official"
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class PUMITConfig:
     """Optimiser steps of both stages."""
     tokenizer_share: Annotated[float, Field(gt=0, lt=1)] = 1 / 3
     """Share of the steps that train the tokenizer, if both stages run."""
-    size: Annotated[Literal["s", "b", "l", "official"], BeforeValidator(_lower)] | None = None
+    size: Annotated[Literal["s", "b", "l", "official"], ANY_CASE] | None = None
     """s, b or l: the configuration 3d_fullres_sac_SIZE and a tokenizer to match; official: b, and a tokenizer as the authors
     train it; none: 3d_fullres_sac, as small as the plan asks."""
     tokenizer: str | None = None
