@@ -206,8 +206,8 @@ def refuse_untrained(card: EncoderCard, folder: Path) -> None:
         raise PretrainedMismatch(
             "This encoder is as new: the stages that were run train something else",
             where=folder,
-            remedy=f"autoseg pretrain -d {card.dataset} --method {card.method} --init {Path(folder).name} --run NAME, with --stages "
-            "and the other stages",
+            remedy=f"autoseg pretrain -d {card.dataset} --method {card.method} --init {Path(folder).name} --run NAME, with "
+            "--stages and the other stages",
         )
 
 
