@@ -37,7 +37,7 @@ class Cells:
         """Labels where all corners agree, and where they do not.
 
         Args:
-            labels: of shape `old`, any integer type, whose largest value no label has.
+            labels: of shape `old`, any integer type; its largest value marks disagreement, so a label of it counts as such.
 
         Returns:
             labels of shape `new`, arbitrary where corners disagree; flat indices of the samples whose corners disagree.
