@@ -37,24 +37,21 @@ class Cells:
         """Labels where all corners agree, and where they do not.
 
         Args:
-            labels: of shape `old`, any integer type.
+            labels: of shape `old`, any integer type, whose largest value no label has.
 
         Returns:
             labels of shape `new`, arbitrary where corners disagree; flat indices of the samples whose corners disagree.
         """
+        mixed = np.iinfo(labels.dtype).max
         low = high = np.pad(labels, [(int(axis in self._moving),) * 2 for axis in range(3)], mode="edge")
         for axis in self._moving:
             below = tuple(slice(None, -1) if a == axis else slice(None) for a in range(3))
             above = tuple(slice(1, None) if a == axis else slice(None) for a in range(3))
             low, high = np.minimum(low[below], low[above]), np.maximum(high[below], high[above])
-        mixed = low != high
-        del high
-        return self._take(low), np.flatnonzero(self._take(mixed))
-
-    def _take(self, cells: np.ndarray) -> np.ndarray:
-        for axis in sorted(self._moving, reverse=True):  # the last axis first: later ones then copy whole rows
-            cells = np.take(cells, self._lower[axis], axis=axis)
-        return cells
+        settled = np.where(low == high, low, mixed)
+        for axis in reversed(self._moving):  # the last axis first: later ones then copy whole rows
+            settled = np.take(settled, self._lower[axis], axis=axis)
+        return settled, np.flatnonzero(settled == mixed)
 
     def corners(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The eight corners around samples, (0, 0, 0) to (1, 1, 1) with x fastest.

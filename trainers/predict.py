@@ -16,7 +16,7 @@ from planners.errors import AutosegError, CasesFailed, SettingsError
 from planners.files import read_json, replacing, write_json
 from planners.geometry import read_voxels
 from planners.paths import resolve_dataset
-from planners.preprocess import preprocess_case
+from planners.preprocessed_case import preprocess_case
 from planners.progress import track
 from trainers.label_names import write_viewer_files
 from trainers.predictor import AutosegPredictor

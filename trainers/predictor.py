@@ -141,7 +141,7 @@ class AutosegPredictor(nnUNetPredictor):
         """Mask (z, y, x) on the grid of the scan the case was preprocessed from, and probabilities if asked for.
 
         Args:
-            data: (C, Z, Y, X) float32, as `planners.preprocess.preprocess_case` gives it.
+            data: (C, Z, Y, X) float32, as `planners.preprocessed_case.preprocess_case` gives it.
             properties: what it gives beside.
         """
         return self.mask_from_logits(
