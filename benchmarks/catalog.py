@@ -32,6 +32,16 @@ class Benchmark:
 
 
 CATALOG = {
+    "image": Benchmark("benchmarks.resampling:image", 10, "image to a finer grid, cubic", 0.6),
+    "image_separate_z": Benchmark("benchmarks.resampling:image_separate_z", 4, "the same, slices one by one", 0.6),
+    "labels_3": Benchmark("benchmarks.resampling:labels_3", 25, "labels to a finer grid, 3 of them", 0.6),
+    "labels_62": Benchmark("benchmarks.resampling:labels_62", 100, "labels to a finer grid, 62 of them", 0.6),
+    "labels_separate_z": Benchmark("benchmarks.resampling:labels_separate_z", 25, "62 labels, slices one by one", 0.6),
+    "crop": Benchmark("benchmarks.preprocessing:crop", 5, "crop to what is not zero"),
+    "locations": Benchmark("benchmarks.preprocessing:locations", 2, "voxels to centre patches on"),
+    "saving": Benchmark("benchmarks.preprocessing:saving", 5, "saving of a case"),
+    "case_2": Benchmark("benchmarks.preprocessing:case_2", 6, "a case, files to files, 2 labels", 0.6),
+    "case_62": Benchmark("benchmarks.preprocessing:case_62", 20, "a case, files to files, 62 labels", 0.6),
     "help": Benchmark("benchmarks.startup:help", 20, "help of training"),
     "wrong_argument": Benchmark("benchmarks.startup:wrong_argument", 13, "training of a data set that is not there"),
     "crops_whole_volume": Benchmark(

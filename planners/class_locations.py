@@ -47,7 +47,7 @@ def class_locations(
 
 
 def _key(group: int | Sequence[int]) -> int | tuple[int, ...]:
-    return tuple(int(label) for label in group) if isinstance(group, (tuple, list)) else int(group)
+    return tuple(int(label) for label in group) if isinstance(group, Sequence) else int(group)
 
 
 def _by_label(labels: np.ndarray, wanted: Sequence[int]) -> tuple[np.ndarray, dict[int, int], dict[int, int]]:

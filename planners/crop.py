@@ -28,19 +28,19 @@ def crop_to_nonzero(image: np.ndarray, labels: np.ndarray | None) -> tuple[np.nd
     if not inside.all():
         # What is cut off is outside and connected, so holes in the box are the holes of the whole.
         inside = binary_fill_holes(inside)
-    image = image[(slice(None), *slices)]
+    image = image[:, slices[0], slices[1], slices[2]]
     if labels is None:
         return image, np.where(inside, np.int8(0), np.int8(OUTSIDE))[None], box
-    labels = labels[(slice(None), *slices)]
+    labels = labels[:, slices[0], slices[1], slices[2]]
     if not inside.all():
         labels[(labels == 0) & ~inside[None]] = OUTSIDE
     return image, labels, box
 
 
 def _box(mask: np.ndarray) -> list[list[int]]:
-    rows = mask.any(axis=2)
+    rows = np.any(mask, axis=2)
     box = []
-    for axis, filled in enumerate((rows.any(axis=1), rows.any(axis=0), mask.any(axis=(0, 1)))):
+    for axis, filled in enumerate((np.any(rows, axis=1), np.any(rows, axis=0), np.any(mask, axis=(0, 1)))):
         where = np.flatnonzero(filled)
         box.append([int(where[0]), int(where[-1]) + 1] if len(where) else [0, mask.shape[axis]])
     return box

@@ -56,6 +56,7 @@ def resample_to_shape(
         force_separate_z, current_spacing, new_spacing, separate_z_anisotropy_threshold
     )
     axis = int(axis) if apart else None
+    resize: Callable[[np.ndarray, tuple[int, ...], int | None], np.ndarray] | None
     if is_seg:
         resize = _resize_labels if order == 1 and (axis is None or order_z == 0) else None
     else:
