@@ -44,4 +44,10 @@ CATALOG = {
     "case_62": Benchmark("benchmarks.preprocessing:case_62", 20, "a case, files to files, 62 labels", 0.6),
     "help": Benchmark("benchmarks.startup:help", 20, "help of training"),
     "wrong_argument": Benchmark("benchmarks.startup:wrong_argument", 13, "training of a data set that is not there"),
+    "crops_whole_volume": Benchmark(
+        "benchmarks.pretraining_data:whole_volume", 10, "VoCo views of a CT, volume read for each", against="voco"
+    ),
+    "crops_cached": Benchmark(
+        "benchmarks.pretraining_data:cached", 3, "VoCo views of a CT, volume cached on disk", against="voco"
+    ),
 }

@@ -107,7 +107,8 @@ def save_case(
     Labels take a byte where they fit into one; what reads them widens them anyway.
     """
     patch = tuple(resolved(plan, configuration)["patch_size"])
-    compression = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    # Half as long to read a patch again as ZSTD, two thirds as long to write, files a tenth larger.
+    compression = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
     for ending, voxels in (("_seg.b2nd", labels), (".b2nd", image.astype(np.float32, copy=False))):
         blocks, chunks = comp_blosc2_params(voxels.shape, patch, voxels.itemsize)
         blosc2.asarray(
