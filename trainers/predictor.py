@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -28,6 +27,7 @@ from planners.quiet import nnunet_quiet
 from pretrain.networks.registry import build_network
 from pretrain.transfer import distinct
 from trainers.checkpoint import load_checkpoint
+from trainers.export import mask_from_logits
 from trainers.runs import FINAL, finished_folds
 
 logger = logging.getLogger("autoseg")
@@ -152,16 +152,14 @@ class AutosegPredictor(nnUNetPredictor):
         self, logits: Tensor, properties: dict, *, probabilities: bool = False
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Mask and probabilities on the grid of the scan from logits on the grid of the plan."""
-        result = convert_predicted_logits_to_segmentation_with_correct_shape(
+        return mask_from_logits(
             logits,
+            properties,
             self.plans_manager,
             self.configuration_manager,
             self.label_manager,
-            properties,
-            return_probabilities=probabilities,
-            num_threads_torch=torch.get_num_threads(),
+            probabilities=probabilities,
         )
-        return result if probabilities else (result, None)
 
     @torch.inference_mode()
     def _internal_predict_sliding_window_return_logits(
