@@ -8,7 +8,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.ndimage import gaussian_filter
 
 from tests.tiny import tiny_plan
-from trainers.export import MaskExport, is_exact, labels_from_logits, mask_from_logits
+from trainers.export import export_of_case, is_exact, labels_from_logits
 from trainers.winners import Classes
 
 
@@ -41,6 +41,12 @@ def smooth(heads, shape, seed=0):
     """Logits with margins and boundaries as a network gives them, (heads, z, y, x) float32."""
     noise = np.random.default_rng(seed).normal(size=(heads, *shape))
     return torch.from_numpy(np.stack([gaussian_filter(n, 1.2) for n in noise]).astype(np.float32) * 20)
+
+
+def mask_from_logits(logits, case, *parts, **options):
+    export = export_of_case(logits.shape[1:], case, *parts, **options)
+    export.add(logits)
+    return export.result()
 
 
 def nnunet(logits, case, plan, configuration, labels, **options):
@@ -77,8 +83,9 @@ def test_thick_slices_are_not_interpolated(axis, planes):
     assert (interpolated != labels_from_logits(logits, new, separate_axis=axis)).any()
 
 
-def test_slices_of_a_2d_configuration_stay_apart():
-    parts = managers(dims=2, spacing=(9, 1.3, 1.2))
+@pytest.mark.parametrize("in_plane", [(1.3, 1.2), (4.0, 1.0)], ids=["square", "oblong"])
+def test_slices_of_a_2d_configuration_stay_apart(in_plane):
+    parts = managers(dims=2, spacing=(9, *in_plane))
     logits, case = smooth(4, (5, 9, 8)), properties((5, 11, 13), (2.5, 1.1, 1.0))
     assert (mask_from_logits(logits, case, *parts)[0] == nnunet(logits, case, *parts)).all()
 
@@ -137,7 +144,7 @@ def test_slabs_give_what_the_whole_gives(planes, axis, new, monkeypatch):
         spacing[axis] = 5.0
     parts, logits, case = managers(spacing=spacing), smooth(4, (11, 9, 8)), properties(new, spacing)
     whole = mask_from_logits(logits, case, *parts, probabilities=True)
-    export = MaskExport((11, 9, 8), case, *parts, probabilities=True)
+    export = export_of_case((11, 9, 8), case, *parts, probabilities=True)
     for start in range(0, 11, planes):
         export.add(logits[:, start : start + planes])
     assert all((a == b).all() for a, b in zip(export.result(), whole, strict=True))

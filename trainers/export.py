@@ -168,31 +168,50 @@ class MaskExport:
         return mask, self._probabilities.transpose([0] + [axis + 1 for axis in self._back])
 
 
-def mask_from_logits(
-    logits: Tensor,
+class NnunetExport:
+    """nnU-Net's own way, for plans that resample logits otherwise than linearly: all slabs at once."""
+
+    def __init__(self, convert: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]]) -> None:
+        self._slabs: list[Tensor] = []
+        self._convert = convert
+
+    def add(self, logits: Tensor) -> None:
+        """As in `MaskExport`."""
+        self._slabs.append(logits)
+
+    def result(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """As in `MaskExport`."""
+        return self._convert(torch.cat(self._slabs, dim=1))
+
+
+Export = MaskExport | NnunetExport
+
+
+def export_of_case(
+    shape: Sequence[int],
     properties: dict,
     plan: PlansManager,
     configuration: ConfigurationManager,
     labels: LabelManager,
     *,
     probabilities: bool = False,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mask (z, y, x), and probabilities (heads, z, y, x) float16 if asked for, of a case on the grid of its scan.
-
-    Where the plan resamples logits in another way than linearly, this is nnU-Net's own function.
+) -> Export:
+    """Takes the logits of a case slab by slab along z and gives its mask, and float16 probabilities if asked for.
 
     Args:
-        logits: (heads, z, y, x) on the grid of the plan, on the CPU.
+        shape: of all slabs together, (z, y, x) on the grid of the plan.
         properties: what preprocessing gave beside the image.
     """
     if is_exact(configuration, labels):
-        export = MaskExport(logits.shape[1:], properties, plan, configuration, labels, probabilities=probabilities)
-        export.add(logits)
-        return export.result()
-    result = convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits, plan, configuration, labels, properties, probabilities, torch.get_num_threads()
-    )
-    return (result[0], result[1].astype(np.float16)) if probabilities else (result, None)
+        return MaskExport(shape, properties, plan, configuration, labels, probabilities=probabilities)
+
+    def convert(logits: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        result = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits, plan, configuration, labels, properties, probabilities, torch.get_num_threads()
+        )
+        return (result[0], result[1].astype(np.float16)) if probabilities else (result, None)
+
+    return NnunetExport(convert)
 
 
 def is_exact(configuration: ConfigurationManager, labels: LabelManager) -> bool:
