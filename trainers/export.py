@@ -65,7 +65,7 @@ class SlabExport:
             labels: written to, (Z, Y, X) over the same extent.
             separate_axis, regions: as in `labels_from_logits`.
             values: the label of each winner; without it the winner itself.
-            probabilities: written to, (heads, Z, Y, X).
+            probabilities: written to, (heads, Z, Y, X) float16.
             activation: from resampled logits (heads, planes, Y, X) to probabilities.
         """
         self._labels, self._values = labels, values
@@ -103,7 +103,9 @@ class SlabExport:
             self._put(self._labels, labels if self._values is None else self._values[labels], start)
             if self._probabilities is not None:
                 logits = _interpolated(block[:, first - begin :][:, : cells.old[0]], cells)
-                self._put(self._probabilities, self._activation(logits).numpy(), start)
+                self._put(
+                    self._probabilities, self._activation(logits).half().numpy(), start
+                )  # NumPy would be slow at it
         self._filled = ready
 
     def _put(self, target: np.ndarray, planes: np.ndarray, start: int) -> None:
@@ -151,7 +153,7 @@ class MaskExport:
             self._mask[box],
             separate_axis=separate_axis(plan, configuration, properties),
             regions=labels.has_regions,
-            values=np.array([0, *labels.regions_class_order]) if labels.has_regions else None,
+            values=np.array([0, *labels.regions_class_order], self._mask.dtype) if labels.has_regions else None,
             probabilities=None if self._probabilities is None else self._probabilities[:, box[0], box[1], box[2]],
             activation=labels.inference_nonlin,
         )
