@@ -21,7 +21,7 @@ from torch.nn import functional
 from planners.cells import Cells
 from trainers.winners import Classes, Regions, resampled
 
-_SAMPLES_AT_ONCE = 2**21
+_SAMPLES_AT_ONCE = 2**20
 """Samples of the new grid whose labels are made together, and float32 probabilities of all heads."""
 
 

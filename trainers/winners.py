@@ -20,7 +20,7 @@ from planners.cells import Cells
 
 _VOXELS_AT_ONCE = 2**16
 """A few float32 arrays of this length stay in a core's cache while the classes pass by."""
-_SAMPLES_AT_ONCE = 2**15
+_SAMPLES_AT_ONCE = 2**14
 
 
 class Winners(Protocol):
@@ -100,9 +100,13 @@ class Regions:
     def between(self, corners: np.ndarray, shares: np.ndarray) -> np.ndarray:
         """See `Winners.between`."""
         last = np.zeros(corners.shape[1], self.labels.dtype)
-        indices = torch.from_numpy(corners)
-        for region, values in enumerate(self._logits, start=1):
-            last[_mix(values[indices].float().numpy(), shares) > 0] = region
+        latest = self.labels.reshape(-1)[corners].max(axis=0)  # later ones are negative at all corners
+        open_ = np.arange(len(last))
+        for region in range(len(self._logits), 0, -1):
+            asked = open_[latest[open_] >= region]
+            values = self._logits[region - 1][torch.from_numpy(corners[:, asked])].float().numpy()
+            last[asked[_mix(values, shares[:, asked]) > 0]] = region
+            open_ = open_[last[open_] == 0]
         return last
 
 
