@@ -100,7 +100,7 @@ class SlabExport:
             stop = min(start + step, ready)
             cells, first = self._cells.planes(start, stop)
             labels = resampled(winners, cells, first - begin)
-            self._put(self._labels, labels if self._values is None else self._values[labels], start)
+            self._put(self._labels, labels if self._values is None else self._values.take(labels), start)
             if self._probabilities is not None:
                 logits = _interpolated(block[:, first - begin :][:, : cells.old[0]], cells)
                 self._put(

@@ -73,14 +73,14 @@ class Classes:
         shares: np.ndarray,
     ) -> None:
         """Put `candidates` in the place of the best classes of some samples where their logits are larger."""
-        challenger = self._interpolated(candidates, corners[:, samples], shares[:, samples])
+        challenger = self._interpolated(candidates, corners.take(samples, axis=1), shares.take(samples, axis=1))
         larger = challenger > value[samples]
         best[samples[larger]] = candidates[larger]
         value[samples[larger]] = challenger[larger]
 
     def _interpolated(self, classes: np.ndarray, corners: np.ndarray, shares: np.ndarray) -> np.ndarray:
         indices = classes.astype(np.intp) * self._voxels + corners
-        return _mix(self._logits[torch.from_numpy(indices)].float().numpy(), shares)
+        return _mix(_at(self._logits, indices), shares)
 
 
 class Regions:
@@ -104,8 +104,8 @@ class Regions:
         open_ = np.arange(len(last))
         for region in range(len(self._logits), 0, -1):
             asked = open_[latest[open_] >= region]
-            values = self._logits[region - 1][torch.from_numpy(corners[:, asked])].float().numpy()
-            last[asked[_mix(values, shares[:, asked]) > 0]] = region
+            values = _at(self._logits[region - 1], corners.take(asked, axis=1))
+            last[asked[_mix(values, shares.take(asked, axis=1)) > 0]] = region
             open_ = open_[last[open_] == 0]
         return last
 
@@ -140,6 +140,12 @@ def _best_two(logits: Tensor, labels: np.ndarray, runner_up: np.ndarray) -> None
         np.minimum(values, best, out=smaller)
         np.maximum(runner_up, smaller, out=runner_up)
         np.maximum(best, values, out=best)
+
+
+def _at(logits: Tensor, indices: np.ndarray) -> np.ndarray:
+    """Logits (voxels,) at indices of any shape, float32."""
+    chosen = logits.index_select(0, torch.from_numpy(indices.reshape(-1)))  # several times faster than logits[indices]
+    return chosen.float().numpy().reshape(indices.shape)
 
 
 def _mix(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
