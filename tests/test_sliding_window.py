@@ -86,7 +86,7 @@ def test_only_the_depth_of_a_window_is_in_memory(monkeypatch):
     monkeypatch.setattr(sliding_window, "_zeros", lambda shape, device: made.append(shape) or zeros(shape, device))
     sizes = [slab.shape[1] for slab in predictor().logit_slabs(volume(60, 24, 20))]
     assert made == [(3, 8, 24, 20)]
-    assert sizes == [4] * 13 + [8]  # steps of half a window, and the last window
+    assert sizes == [4] * 15  # halves of a window
 
 
 def test_the_network_sees_air_only_once():

@@ -211,11 +211,11 @@ class AutosegPredictor(nnUNetPredictor):
             chunk = flips[start : start + together]
             outputs = self._forward(torch.cat([torch.flip(x, flip) for flip in chunk]))
             for output, flip in zip(outputs.split(len(x)), chunk, strict=True):
-                logits = torch.flip(output, flip).float()
+                logits = (torch.flip(output, flip) if flip else output).float()
                 total = logits if total is None else total.add_(logits)
         if total is None:
             raise RuntimeError("no flip at all")
-        return total.div_(len(flips))
+        return total.div_(len(flips)) if len(flips) > 1 else total
 
     def _forward(self, x: Tensor) -> Tensor:
         """The network on a batch, in halves where the device's memory does not hold it."""

@@ -65,7 +65,7 @@ def padded(data: Tensor, patch: Sequence[int]) -> tuple[Tensor, tuple[slice, ...
 def logits_in_slabs(
     data: Tensor, windows: Windows, answer: Answer, *, heads: int, folds: int, together: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Mean of the windows' logits over windows and folds, in slabs (heads, planes, y, x) float32 on the CPU, from the first.
+    """Mean of the windows' logits over windows and folds, in slabs (heads, planes, y, x) float32 on the CPU, the lowest first.
 
     Args:
         data: (channels, z, y, x) float32.
@@ -74,6 +74,7 @@ def logits_in_slabs(
     """
     groups = windows.groups(together)
     depth = max(group[-1] - group[0] for group in groups) + windows.size[0]
+    half = (depth + 1) // 2
     total = _zeros((heads, depth, *data.shape[2:]), device)
     weights = windows.weights.to(total.device)
     remembering = _RememberConstant(answer)
@@ -90,7 +91,9 @@ def logits_in_slabs(
             for (z, y, x), logits in zip(batch, answers, strict=True):
                 part = total[:, z.start - begin : z.stop - begin, y, x]
                 part.addcmul_(logits.to(total.device).view_as(part), weights)
-        yield total[:, : end - begin].cpu() / (windows.weight_sum(begin, end) * folds)
+        for first in range(begin, end, half):  # the last windows finish all their planes at once
+            stop = min(first + half, end)
+            yield total[:, first - begin : stop - begin].cpu() / (windows.weight_sum(first, stop) * folds)
         for planes in total:  # one head after the other, because the planes move onto themselves
             planes[: depth - (end - begin)] = planes[end - begin :].clone()
             planes[depth - (end - begin) :] = 0
