@@ -127,9 +127,9 @@ def plot_curve(figures: Path) -> Path:
 def _resampling(voxels: int, labels: int, *, is_seg: bool) -> Duel:
     import numpy as np
     from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
-    from planners.resample import resample_to_shape
 
     from benchmarks.scans import real_ct
+    from planners.resample import resample_to_shape
 
     final = 3.0 * (122 * 101 * 112 / voxels) ** (1 / 3)  # mm, from the scan's 3 mm
     scan = real_ct(1.25 * final, labels)

@@ -95,7 +95,8 @@ def resampling(settings: ConfigurationManager, what: str) -> Callable[..., np.nd
     """The plan's resampling of "data", "seg" or "probabilities"; ours where it names nnU-Net's default, which it equals."""
     if settings.configuration[f"resampling_fn_{what}"] != _DEFAULT_RESAMPLING:
         return getattr(settings, f"resampling_fn_{what}")
-    options = settings.configuration[f"resampling_fn_{what}_kwargs"]
+    # nnU-Net's function has False where a plan says nothing.
+    options = {"force_separate_z": False, **settings.configuration[f"resampling_fn_{what}_kwargs"]}
     return lambda *case: resample_to_shape(*case, **options)
 
 

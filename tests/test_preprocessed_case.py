@@ -109,9 +109,13 @@ REGIONS = {
         ({"normalisation": "CTNormalization", "mask": False}, REGIONS),
         ({"spacing": (0.8, 1.1)}, DATASET),  # 2D: slices keep their distance
         ({"spacing": (7.0, 0.8, 1.1)}, REGIONS),  # the coarse axis apart
+        (
+            {"spacing": (7.0, 0.8, 1.1), "resampling_fn_data_kwargs": {"order": 3}},
+            DATASET,
+        ),
         ({"resampling_fn_data": "no_resampling_hack", "resampling_fn_data_kwargs": {}}, DATASET),
     ],
-    ids=["transposed", "plain", "CT, regions", "2D", "separate z", "another resampling"],
+    ids=["transposed", "plain", "CT, regions", "2D", "separate z", "defaults", "another resampling"],
 )
 def test_a_case_is_what_nnunet_makes_of_it(settings, dataset_json, labelled):
     made = plan(**settings)
