@@ -107,7 +107,7 @@ def test_patches_are_nnunets(kind):
         assert [(t.shape, t.dtype) for t in ours["target"]] == [(t.shape, t.dtype) for t in theirs["target"]]
         different += int((ours["target"][0] != theirs["target"][0]).sum())
         total += ours["target"][0].numel()
-    assert different <= max(1, 1e-5 * total)  # half way between two labels the last bit decides
+    assert different <= max(2, 1e-5 * total)  # half way between two labels the last bit of a position decides
 
 
 @pytest.mark.parametrize("kind", PATCHES)
