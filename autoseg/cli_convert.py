@@ -1,7 +1,5 @@
 """`autoseg convert`: scans and labels into a dataset."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`autoseg weights`, `export`, `import`, `push`, `pull`: weights that come from others or go to them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

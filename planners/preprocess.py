@@ -1,8 +1,8 @@
 """From raw scans to nnU-Net's preprocessed files: one case, a dataset, a pool of unlabelled scans. Resumable.
 
-Each case is nnU-Net's own result (`DefaultPreprocessor.run_case`), saved under a temporary name and renamed. A journal beside
-the folder says which cases are finished from which inputs; it becomes the marker of a finished folder. The folder itself
-holds nothing but cases, because nnU-Net takes every file there for one.
+Each case (`planners.preprocessed_case`) is saved under a temporary name and renamed. A journal beside the folder says which
+cases are finished from which inputs; it becomes the marker of a finished folder. The folder itself holds nothing but cases,
+because nnU-Net takes every file there for one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from planners import paths
 from planners.cases import run_cases
@@ -27,29 +25,10 @@ from planners.files import content_hash, copy_file, file_stamp, read_json, write
 from planners.fingerprint import estimated_case_bytes
 from planners.locks import waiting_lock
 from planners.plans import load_plan, preprocessing_hash, resolved
+from planners.preprocessed_case import ENDINGS, preprocess_case, save_case
 from planners.progress import duration
-from planners.quiet import nnunet_quiet
 
 logger = logging.getLogger("autoseg")
-
-_FILES = ("_seg.b2nd", ".pkl", ".b2nd")  # the image last: nnU-Net takes a case to be there when its image is
-
-
-def preprocess_case(
-    images: Sequence[Path], label: Path | None, plan: dict, configuration: str, dataset_json: dict
-) -> tuple[np.ndarray, np.ndarray, dict]:
-    """One case on the plan's grid and intensities.
-
-    Returns:
-        image (channels, z, y, x) float32, labels (1, z, y, x) with -1 outside the nonzero region, nnU-Net's properties.
-    """
-    manager = PlansManager(plan)
-    settings = manager.get_configuration(configuration)
-    with nnunet_quiet():
-        image, labels, properties = settings.preprocessor_class(verbose=False).run_case(
-            [str(path) for path in images], None if label is None else str(label), manager, settings, dataset_json
-        )
-    return image, labels, properties
 
 
 def preprocess_dataset(
@@ -169,26 +148,12 @@ def _preprocess_and_save(
     case: Case, plan: dict, configuration: str, dataset_json: dict, folder: Path, input_hash: str
 ) -> None:
     image, labels, properties = preprocess_case(case.images, case.label, plan, configuration, dataset_json)
-    image = image.astype(np.float32, copy=False)
-    labels = labels.astype(np.int16, copy=False)
-    patch = tuple(resolved(plan, configuration)["patch_size"])
-    blocks, chunks = comp_blosc2_params(image.shape, patch, image.itemsize)
-    blocks_seg, chunks_seg = comp_blosc2_params(labels.shape, patch, labels.itemsize)
     temporary = folder / f".partial-{case.name}"
     temporary.mkdir()
     try:
-        nnUNetDatasetBlosc2.save_case(
-            image,
-            labels,
-            properties,
-            str(temporary / case.name),
-            chunks=chunks,
-            blocks=blocks,
-            chunks_seg=chunks_seg,
-            blocks_seg=blocks_seg,
-        )
+        save_case(image, labels, properties, plan, configuration, temporary, case.name)
         _remove_case(folder, case.name)
-        for ending in _FILES:
+        for ending in ENDINGS:
             (temporary / f"{case.name}{ending}").rename(folder / f"{case.name}{ending}")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -197,7 +162,7 @@ def _preprocess_and_save(
 
 
 def _remove_case(folder: Path, name: str) -> None:
-    for ending in reversed(_FILES):
+    for ending in reversed(ENDINGS):
         (folder / f"{name}{ending}").unlink(missing_ok=True)
 
 
@@ -225,7 +190,7 @@ def _finished_cases(folder: Path) -> dict[str, str]:
     return {
         name: stamp
         for name, stamp in finished.items()
-        if all((folder / f"{name}{ending}").is_file() for ending in _FILES)
+        if all((folder / f"{name}{ending}").is_file() for ending in ENDINGS)
     }
 
 

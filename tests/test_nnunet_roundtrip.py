@@ -10,7 +10,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from planners import paths
-from planners.preprocess import preprocess_case
+from planners.preprocessed_case import preprocess_case
 from tests.tiny import DATASET, dataset_json, tiny_plan
 from tests.trained import Trained, dice, read, train_tiny
 from trainers.checkpoint import load_checkpoint

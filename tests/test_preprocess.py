@@ -48,7 +48,7 @@ def test_files_are_what_nnunet_makes_and_reads(planned):
     expected, expected_labels, _ = DefaultPreprocessor(verbose=False).run_case(
         [str(case.images[0])], str(case.label), manager, manager.get_configuration("3d_fullres"), dataset.json
     )
-    np.testing.assert_array_equal(image[:], expected)
+    assert np.abs(image[:] - expected).max() < 1e-5 * expected.std()
     np.testing.assert_array_equal(labels[:], expected_labels)
     assert set(properties["class_locations"]) == {1, 2}
     assert read_case_properties(folder_of(plan) / "case_01.pkl")["spacing"] == properties["spacing"]

@@ -1,0 +1,164 @@
+"""How cost grows with the size of the problem: a curve for nnU-Net and one for autoseg, on logarithmic axes."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.measuring import Agreement, Duel, Made, compare, opened
+from planners.files import read_json, replacing, write_json
+
+RESULTS = Path(__file__).parent / "results"
+_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One picture."""
+
+    axis: str
+    """What grows, and its unit."""
+    sizes: Sequence[int]
+    panels: Mapping[str, Callable[[int], Made]]
+    """Title to what is done at a size."""
+
+
+def image_of(voxels: int) -> Duel:
+    """Cubic resampling of a CT from 1.5 to 1.2 times its final spacing, to `voxels`."""
+    return _resampling(voxels, 3, is_seg=False)
+
+
+def labels_of(voxels: int) -> Duel:
+    """Resampling of its label map with three structures."""
+    return _resampling(voxels, 3, is_seg=True)
+
+
+def number_of_labels(labels: int) -> Duel:
+    """Resampling of a label map to 4 million voxels."""
+    return _resampling(4_000_000, labels, is_seg=True)
+
+
+@contextmanager
+def preprocessing(cases: int) -> Iterator[Duel]:
+    """Commands from raw hippocampus scans to preprocessed cases: verify, fingerprint, plan, preprocess."""
+    from benchmarks.scans import data_folder
+
+    with TemporaryDirectory() as folder:
+        task = Path(folder) / "Task04_Hippocampus"
+        _first_cases(data_folder("Task04_Hippocampus"), task, cases)
+        autoseg = [sys.executable, "-m", "autoseg"]
+        subprocess.run([*autoseg, "convert", "msd", str(task), "-d", "4", "--root", folder], check=True)
+        places = {f"nnUNet_{name}": f"{folder}/{name}" for name in ("raw", "preprocessed", "results")}
+        nnunet = [str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")), "-d", "4", "-c", "3d_fullres"]
+        ours = [*autoseg, "plan_and_preprocess", "-d", "4", "--root", folder]
+
+        def run(command: list[str]) -> int:
+            shutil.rmtree(places["nnUNet_preprocessed"], ignore_errors=True)
+            subprocess.run(command, check=True, capture_output=True, env={**os.environ, **places})
+            return len(list(Path(places["nnUNet_preprocessed"]).rglob("*_seg.b2nd")))
+
+        yield Duel(
+            lambda: run([*nnunet, "--verify_dataset_integrity"]),
+            lambda: run(ours),
+            lambda reference, ours: Agreement(f"{ours} cases", reference == ours == cases),
+        )
+
+
+CURVES = {
+    "voxels": Curve(
+        "voxels after resampling",
+        [100_000, 500_000, 2_500_000, 12_500_000],
+        {"image, cubic": image_of, "label map, 3 labels": labels_of},
+    ),
+    "labels": Curve("labels", [1, 3, 10, 30, 62], {"label map, 4 million voxels": number_of_labels}),
+    "cases": Curve("cases", [10, 40, 170], {"hippocampus, raw to preprocessed": preprocessing}),
+}
+
+
+def measure_curve(name: str) -> Path:
+    """Measure a curve at each of its sizes; returns the file of the figures."""
+    curve = CURVES[name]
+    panels: dict[str, list[dict]] = {}
+    for title, function in curve.panels.items():
+        panels[title] = []
+        for size in curve.sizes:
+            with opened(function(size)) as duel:
+                outcome = compare(duel, _ROUNDS)
+            costs = {"size": size, "reference_cpu_s": outcome.reference.cpu_s, "ours_cpu_s": outcome.ours.cpu_s}
+            print(f"{title}, {size:,}: {outcome.reference.cpu_s:.3g} and {outcome.ours.cpu_s:.3g} CPU s", flush=True)
+            panels[title].append({**costs, "agreement": outcome.agreement.text})
+    file = RESULTS / f"{datetime.date.today().isoformat()}_growth_{name}.json"
+    write_json(file, {"axis": curve.axis, "panels": panels})
+    return file
+
+
+def plot_curve(figures: Path) -> Path:
+    """Draw what `measure_curve` wrote; returns the picture beside it."""
+    from matplotlib.figure import Figure
+
+    content = read_json(figures)
+    panels = content["panels"]
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained", dpi=110)
+    for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        sizes = [point["size"] for point in points]
+        for key, label, style in (("reference_cpu_s", "nnU-Net", "s--"), ("ours_cpu_s", "autoseg", "o-")):
+            axes.loglog(sizes, [point[key] for point in points], style, label=label, linewidth=2)
+        for point in points:
+            ratio = point["reference_cpu_s"] / point["ours_cpu_s"]
+            middle = (point["reference_cpu_s"] * point["ours_cpu_s"]) ** 0.5
+            axes.annotate(f"{ratio:.0f}x", (point["size"], middle), ha="center", va="center", color="0.4")
+        axes.set(title=title, xlabel=content["axis"], ylabel="CPU s")
+        axes.grid(True, which="major", alpha=0.3)
+        axes.legend()
+    picture = figures.with_suffix(".png")
+    with replacing(picture) as temporary:
+        figure.savefig(temporary)
+    return picture
+
+
+def _resampling(voxels: int, labels: int, *, is_seg: bool) -> Duel:
+    import numpy as np
+    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+    from planners.resample import resample_to_shape
+
+    from benchmarks.scans import real_ct
+
+    final = 3.0 * (122 * 101 * 112 / voxels) ** (1 / 3)  # mm, from the scan's 3 mm
+    scan = real_ct(1.25 * final, labels)
+    data = (scan.labels if is_seg else scan.image)[None]
+    target = (final,) * 3
+    shape = [round(n * s / final) for n, s in zip(data.shape[1:], scan.spacing, strict=True)]
+    order = {"order": 1 if is_seg else 3, "order_z": 0, "force_separate_z": None}
+
+    def agreement(reference: np.ndarray, ours: np.ndarray) -> Agreement:
+        if is_seg:
+            equal = float((reference == ours).mean())
+            return Agreement(f"{equal:.7f} of voxels", equal >= 0.99999)
+        difference = float(np.abs(reference - ours).max() / reference.std())
+        return Agreement(f"max {difference:.1e} sd", difference <= 1e-5)
+
+    return Duel(
+        lambda: resample_data_or_seg_to_shape(data, shape, scan.spacing, target, is_seg=is_seg, **order),
+        lambda: resample_to_shape(data, shape, scan.spacing, target, is_seg=is_seg, **order),
+        agreement,
+    )
+
+
+def _first_cases(task: Path, target: Path, cases: int) -> None:
+    """A Decathlon task with its first cases only."""
+    description = read_json(task / "dataset.json")
+    description["training"] = description["training"][:cases]
+    description["numTraining"] = len(description["training"])
+    for case in description["training"]:
+        for part in ("image", "label"):
+            (target / case[part]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(task / case[part], target / case[part])
+    write_json(target / "dataset.json", {**description, "test": [], "numTest": 0})
