@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import empty_cache
@@ -33,9 +34,10 @@ from pretrain.importers.weights import Weights
 from pretrain.networks.registry import build_network, has_deep_supervision
 from pretrain.transfer import TransferReport
 from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.data import SafeDataset, environment, label_subset, loader_workers, seed_all
+from trainers.data import SafeDataset, in_processes, label_subset, loader_workers, seed_all
 from trainers.journal import Journal
 from trainers.label_names import class_names
+from trainers.patches import PatchLoader, can_load
 from trainers.runs import BEST, FINAL, LATEST, options_of, run_folder_name
 from trainers.settings import KEYS, TrainSettings, learning_rate, resolve, validated
 
@@ -209,8 +211,40 @@ class AutosegTrainer(nnUNetTrainer):
         return list(learn), list(held_out)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        with environment("nnUNet_n_proc_DA", str(loader_workers(self.device.type))), nnunet_quiet():
-            return super().get_dataloaders()
+        """nnU-Net's batches for training and validation. Unlike nnU-Net's this draws none to throw it away."""
+        patch = self.configuration_manager.patch_size
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, window, axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        regions = self.label_manager.foreground_regions if self.label_manager.has_regions else None
+        kinds = {
+            "is_cascaded": self.is_cascaded,
+            "foreground_labels": self.label_manager.foreground_labels,
+            "regions": regions,
+            "ignore_label": self.label_manager.ignore_label,
+        }
+        masked = self.configuration_manager.use_mask_for_norm
+        augmentation = self.get_training_transforms(
+            patch, rotation, scales, axes, dummy_2d, use_mask_for_norm=masked, **kinds
+        )
+        learning, held_out = self.get_tr_and_val_datasets()
+        loader = PatchLoader if can_load(augmentation) and not self.is_cascaded else nnUNetDataLoader
+        sampling = {
+            "oversample_foreground_percent": self.oversample_foreground_percent,
+            "probabilistic_oversampling": self.probabilistic_oversampling,
+        }
+        train = loader(
+            learning, self.batch_size, window, patch, self.label_manager, transforms=augmentation, **sampling
+        )
+        plain = self.get_validation_transforms(scales, **kinds)
+        validation = nnUNetDataLoader(
+            held_out, self.batch_size, patch, patch, self.label_manager, transforms=plain, **sampling
+        )
+        workers, pinned = loader_workers(self.device.type), self.device.type == "cuda"
+        # nnU-Net's numbers of processes and of batches kept ready.
+        return (
+            in_processes(train, workers, ahead=max(6, workers // 2), pinned=pinned),
+            in_processes(validation, min(workers, max(1, workers // 2)), ahead=max(3, workers // 4), pinned=pinned),
+        )
 
     def plot_network_architecture(self) -> None:
         """Not drawn: the tool nnU-Net uses for it is not maintained."""

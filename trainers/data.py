@@ -9,10 +9,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
 import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from planners.files import read_case_properties
@@ -53,6 +55,19 @@ def loader_workers(device_type: str) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(12, cores - 1))
+
+
+def in_processes(loader: Any, workers: int, *, ahead: int, pinned: bool) -> Iterator[dict]:
+    """Batches of a loader, drawn by worker processes that keep up to `ahead` ready, or here when asked for without any.
+
+    Args:
+        pinned: put them where they can be copied to the GPU beside its work.
+    """
+    if workers == 0:
+        return loader
+    batches = NonDetMultiThreadedAugmenter(loader, None, workers, num_cached=ahead, pin_memory=pinned, wait_time=0.002)
+    batches._start()  # now: processes forked in the midst of training would share its memory
+    return batches
 
 
 def seed_all(*key: int | str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
-from torch.utils.tensorboard import SummaryWriter
 
 from planners.files import replacing
 from planners.progress import duration
@@ -24,8 +25,14 @@ class Journal:
     def __init__(self, folder: Path, class_names: Sequence[str], *, first_epoch: int) -> None:
         self.folder = folder
         self.class_names = class_names
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+        self._first_epoch = first_epoch
         self._plotted = 0.0
+
+    @functools.cached_property
+    def _tensorboard(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # takes half a second: not before the first iteration
+
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._first_epoch)
 
     def write(self, log: LocalLogger, *, is_last: bool) -> str:
         """Record the newest epoch of `log`; returns it as a line of text."""
@@ -56,7 +63,8 @@ class Journal:
         return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
 
     def close(self) -> None:
-        self._tensorboard.close()
+        if "_tensorboard" in vars(self):
+            self._tensorboard.close()
 
     def _rows(self, log: dict[str, list]) -> list[dict[str, float]]:
         return [

@@ -10,7 +10,6 @@ from planners.paths import results
 from planners.plans import CPU_SUFFIX, load_plan, plan_hash
 from pretrain.checkpoint import CARD_NAME, EncoderCard, find_encoders, refuse_unfinished, refuse_untrained
 from pretrain.fit import IMPORTED_SHARE
-from pretrain.importers.reading import read_weights
 from pretrain.importers.weights import Weights
 
 _ANY_SHARE = 1e-6
@@ -59,6 +58,10 @@ def find_source(
     Raises SettingsError when it is not clear which encoder is meant or when `plan_name` or `configuration` contradict
     it, PretrainedMismatch for one that is unfinished or was not trained at all.
     """
+    from pretrain.importers.reading import (
+        read_weights,
+    )  # imports timm, a second that training from scratch need not wait
+
     text = str(pretrained)
     if "/" in text or "\\" in text or Path(text).exists():
         path = Path(text)
