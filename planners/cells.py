@@ -8,6 +8,7 @@ number of classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,11 +34,35 @@ class Cells:
             self._weight.append(position - below)
         self._moving = [axis for axis, (n, m) in enumerate(zip(self.old, self.new, strict=True)) if n != m]
 
+    def ends(self, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each sample along an axis: index of the corner below, of the one above (edges repeated), and the latter's share.
+
+        Where the share is zero, both are the same corner.
+        """
+        below, share, last = self._lower[axis] - 1, self._weight[axis], self.old[axis] - 1
+        return np.clip(below, 0, last), np.clip(below + (share > 0), 0, last), share
+
+    def ready(self, finished: int) -> int:
+        """How many planes of the new grid, from the first on, need only the first `finished` planes of the old one."""
+        return int(np.searchsorted(self.ends(0)[1], finished))
+
+    def planes(self, start: int, stop: int) -> tuple[Cells, int]:
+        """The cells of the planes `start` to `stop` (exclusive) of the new grid, and the first plane of the old one they need.
+
+        The old grid of these cells is made of the planes that they need, and no others.
+        """
+        below, above, _ = self.ends(0)
+        first, part = int(below[start]), copy.copy(self)
+        part.old, part.new = (int(above[stop - 1]) + 1 - first, *self.old[1:]), (stop - start, *self.new[1:])
+        part._lower = [self._lower[0][start:stop] - first, *self._lower[1:]]
+        part._weight = [self._weight[0][start:stop], *self._weight[1:]]
+        return part, first
+
     def settle(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels where all corners agree, and where they do not.
 
         Args:
-            labels: of shape `old`, any integer type, whose largest value no label has.
+            labels: of shape `old`, any integer type; its largest value marks disagreement, so a label of it counts as such.
 
         Returns:
             labels of shape `new`, arbitrary where corners disagree; flat indices of the samples whose corners disagree.
@@ -67,11 +92,9 @@ class Cells:
         strides = (self.old[1] * self.old[2], self.old[2], 1)
         ends, shares = [], []
         for axis, index in enumerate((z, y, x)):
-            below = self._lower[axis] - 1
-            both = [np.clip(below + end, 0, self.old[axis] - 1) * strides[axis] for end in (0, 1)]
-            ends.append([positions[index] for positions in both])
-            weight = self._weight[axis][index]
-            shares.append([1 - weight, weight])
+            below, above, share = self.ends(axis)
+            ends.append([below[index] * strides[axis], above[index] * strides[axis]])
+            shares.append([1 - share[index], share[index]])
         order = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
         indices = np.stack([ends[0][a] + ends[1][b] + ends[2][c] for a, b, c in order])
         weights = np.stack([shares[0][a] * shares[1][b] * shares[2][c] for a, b, c in order])

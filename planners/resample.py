@@ -18,7 +18,6 @@ from planners.spline import nearest_index, resize_axis
 
 _SAMPLES = 2**14
 """Samples that are scored together; more fall out of the cache."""
-_TIE = 1e-9
 
 
 def resample_to_shape(
@@ -46,7 +45,7 @@ def resample_to_shape(
 
     Returns:
         (channels, *new_shape) of the type of `data`. Images differ from nnU-Net's by less than 1e-5 of their deviation, as
-        they are computed in their own precision and not in float64; labels where two are within 1e-9 of a tie.
+        they are computed in their own precision and not in float64; labels where two are within rounding of a tie.
     """
     data = np.asarray(data)
     shape = tuple(int(n) for n in new_shape)
@@ -121,16 +120,16 @@ def _winners(labels: np.ndarray, shares: np.ndarray, nearest: np.ndarray) -> np.
             same = labels[one] == labels[other]
             scores[one] += shares[other] * same
             scores[other] += shares[one] * same
-    tied = scores >= scores.max(axis=0) - _TIE
+    tied = scores == scores.max(axis=0)
     samples = np.arange(labels.shape[1])
     smallest = np.where(tied, labels, np.iinfo(labels.dtype).max).min(axis=0)
     return np.where(tied[nearest, samples], labels[nearest, samples], smallest)
 
 
 def smallest_integers(labels: np.ndarray) -> np.ndarray:
-    """Labels in the smallest signed integers that hold them and one more: all that is done to them is then cheap."""
+    """Labels in the smallest signed integers that hold them: all that is done to them is then cheap."""
     low, high = labels.min(), labels.max()
     for kind in (np.int8, np.int16, np.int32):
-        if low >= np.iinfo(kind).min and high < np.iinfo(kind).max:
+        if low >= np.iinfo(kind).min and high <= np.iinfo(kind).max:
             return np.ascontiguousarray(labels, kind)
     return np.ascontiguousarray(labels, np.int64)

@@ -144,8 +144,12 @@ def test_one_file_can_be_predicted_and_probabilities_kept(trained, tmp_path):
     scan = trained.scans / "case_06_0000.nii.gz"
     summary = predict(scan, tmp_path, dataset=901, device="cpu", folds=(0,), save_probabilities=True)
     probabilities = np.load(tmp_path / "case_06.npz")["probabilities"]
-    assert (probabilities.argmax(0) == read(summary.written[0])).all()
-    assert np.allclose(probabilities.sum(0), 1, atol=1e-5)
+    assert probabilities.dtype == np.float16
+    assert np.allclose(probabilities.astype(np.float32).sum(0), 1, atol=2e-3)
+    best = np.sort(probabilities.astype(np.float32), axis=0)
+    clear = best[-1] - best[-2] > 2e-3
+    assert (probabilities.argmax(0) == read(summary.written[0]))[clear].all()
+    assert clear.mean() > 0.99
 
 
 def test_remapping_is_undone_and_viewers_get_names(trained, copied, tmp_path):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import blosc2
 import numpy as np
 import pytest
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero as nnunet_crop
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from planners.class_locations import class_locations
 from planners.crop import crop_to_nonzero
-from planners.preprocessed_case import preprocess_voxels, save_case
+from planners.preprocessed_case import preprocess_case, preprocess_voxels, save_case
 
 RNG = np.random.default_rng(0)
 
@@ -54,7 +56,7 @@ def test_a_scan_of_zeros_is_kept_whole():
 
 
 @pytest.mark.parametrize(
-    "classes", [[1, 2, 3, 7], [(1, 2), (2, 3), (7,)], [1, 2, [-1, 0, 1, 2]], [9], [300, 1]], ids=str
+    "classes", [[1, 2, 3, 7], [(1, 2), (1, 3), (7,)], [1, 2, [-1, 0, 1, 2]], [9], [300, 1]], ids=str
 )
 def test_class_locations_are_nnunets(classes):
     labels = RNG.choice([-1, 0, 0, 0, 1, 2, 3, 300], (1, 41, 37, 29)).astype(np.int16)
@@ -132,6 +134,16 @@ def test_a_case_is_what_nnunet_makes_of_it(settings, dataset_json, labelled):
             assert ours[2][key] == value
     for key, voxels in expected[2].get("class_locations", {}).items():
         np.testing.assert_array_equal(ours[2]["class_locations"][key], voxels)
+
+
+def test_another_preprocessor_of_a_plan_is_used(monkeypatch):
+    class Other(DefaultPreprocessor):
+        def run_case(self, images, label, *arguments):
+            return images, label, {}
+
+    monkeypatch.setattr(ConfigurationManager, "preprocessor_class", Other)
+    made = preprocess_case([Path("a")], Path("b"), plan(preprocessor_name="Other"), "it", DATASET)
+    assert made == (["a"], "b", {})
 
 
 def test_labels_of_another_size_are_refused():

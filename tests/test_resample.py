@@ -113,6 +113,15 @@ def test_splines_do_not_overshoot_in_any_slice():
     np.testing.assert_allclose(ours.max(axis=(0, 2, 3)), [1, 10, 100, 1000], rtol=1e-6)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_long_axes_are_resampled_in_blocks(axis):
+    shape, new = [4, 5, 6], [4, 5, 6]
+    shape[axis], new[axis] = 190, 230
+    image = np.random.default_rng(2).normal(size=(1, *shape)).astype(np.float32)
+    expected = resample_data_or_seg_to_shape(image.copy(), new, (1, 1, 1), (1, 1, 1))
+    assert np.abs(resample_to_shape(image, new, (1, 1, 1), (1, 1, 1)) - expected).max() < 1e-5
+
+
 def test_what_changes_nothing_is_not_copied():
     image = image_of((4, 5, 6))
     assert resample_to_shape(image, (4, 5, 6), (1, 1, 1), (2, 1, 1)) is image

@@ -7,18 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from planners.dataset import Case, channel_names, original_labels, scans_in_folder
+from planners.dataset import Case, channel_names, scans_in_folder
 from planners.device import choose_device
-from planners.errors import AutosegError, CasesFailed, SettingsError
-from planners.files import read_json, replacing, write_json
-from planners.geometry import read_voxels
+from planners.errors import CasesFailed, SettingsError
+from planners.files import read_json, write_json
 from planners.paths import resolve_dataset
-from planners.preprocessed_case import preprocess_case
 from planners.progress import track
 from trainers.label_names import write_viewer_files
+from trainers.predict_cases import predict_cases
 from trainers.predictor import AutosegPredictor
 from trainers.runs import choose_model
 
@@ -94,22 +90,17 @@ def predict(
         mask = output / f"{case.name}{ending}"
         wanted = [mask, output / f"{case.name}.npz"] if save_probabilities else [mask]
         if overwrite or not all(_is_newer(file, case) for file in wanted):
-            todo.append(case)
+            todo.append((case, mask))
         else:
             summary.skipped.append(mask)
     if summary.skipped:
         logger.info("%d masks are there already (--overwrite makes them again)", len(summary.skipped))
-    for case in track(todo, "Predicting"):
-        mask = output / f"{case.name}{ending}"
-        try:
-            _predict_case(predictor, case, mask, save_probabilities)
+    problems = predict_cases(predictor, todo, save_probabilities=save_probabilities)
+    for (case, mask), problem in zip(todo, track(problems, "Predicting", len(todo)), strict=True):
+        if problem is None:
             summary.written.append(mask)
-        except torch.cuda.OutOfMemoryError as error:
-            summary.failed[case.name] = f"the device ran out of memory: {str(error).splitlines()[0]}"
-            torch.cuda.empty_cache()
-        except (AutosegError, RuntimeError, ValueError, AssertionError, OSError, MemoryError) as error:
-            summary.failed[case.name] = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            logger.debug("%s failed", case.name, exc_info=True)
+        else:
+            summary.failed[case.name] = problem
     logger.info("Wrote %d masks to %s", len(summary.written), output)
     if summary.failed:
         raise CasesFailed(
@@ -142,41 +133,6 @@ def _model(
             )
         return Path(model_folder)
     return choose_model(resolve_dataset(dataset if dataset is not None else ""), plan, configuration, run, folds)
-
-
-def _predict_case(predictor: AutosegPredictor, case: Case, mask_file: Path, save_probabilities: bool) -> None:
-    for file in case.images:
-        _refuse_incomplete(file)
-    image, _, properties = preprocess_case(
-        case.images, None, predictor.plans_manager.plans, predictor.configuration_name, predictor.dataset_json
-    )
-    if not np.isfinite(image).all():
-        raise ValueError("the scan holds values that are not finite")
-    mask, probabilities = predictor.predict_mask(
-        torch.from_numpy(image.astype(np.float32, copy=False)), properties, probabilities=save_probabilities
-    )
-    if probabilities is not None:
-        with replacing(mask_file.with_name(f"{case.name}.npz")) as temporary:
-            np.savez_compressed(temporary, probabilities=probabilities)
-    back = original_labels(predictor.dataset_json)
-    if back is not None:
-        lookup = np.arange(max([int(mask.max()), *back]) + 1)
-        lookup[list(back)] = list(back.values())
-        mask = lookup[mask].astype(np.uint16 if lookup.max() > 255 else np.uint8)
-    with replacing(mask_file) as temporary:
-        predictor.plans_manager.image_reader_writer_class().write_seg(mask, str(temporary), properties)
-
-
-def _refuse_incomplete(file: Path) -> None:
-    """SimpleITK reads the missing end of a cut-off NIfTI file, and NaN in it, as zeros without a word."""
-    if file.name.endswith((".nii", ".nii.gz")):
-        try:
-            voxels, _ = read_voxels(file)
-        except Exception as error:  # its reader raises many kinds for a broken file
-            reason = next(iter(reversed(str(error).strip().splitlines())), type(error).__name__)
-            raise ValueError(f"{file.name} cannot be read to its end: {reason}") from error
-        if not np.isfinite(voxels).all():
-            raise ValueError("the scan holds values that are not finite")
 
 
 def _is_newer(file: Path, case: Case) -> bool:

@@ -7,17 +7,16 @@ nnU-Net uses float16 (its rounding changes about one voxel in 10,000).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
@@ -28,7 +27,9 @@ from planners.quiet import nnunet_quiet
 from pretrain.networks.registry import build_network
 from pretrain.transfer import distinct
 from trainers.checkpoint import load_checkpoint
+from trainers.export import Export, export_of_case
 from trainers.runs import FINAL, finished_folds
+from trainers.sliding_window import Windows, logits_in_slabs, padded
 
 logger = logging.getLogger("autoseg")
 
@@ -41,6 +42,8 @@ class AutosegPredictor(nnUNetPredictor):
 
     folds: tuple[int | str, ...] = ()
     configuration_name: str = ""
+    _fold: int | None = None
+    """Whose weights the network has, counted from 0."""
 
     def __init__(self, device: torch.device, *, step_size: float = 0.5, mirroring: bool = True) -> None:
         with nnunet_quiet():
@@ -122,18 +125,37 @@ class AutosegPredictor(nnUNetPredictor):
                 digest.update(state[names[0]].detach().cpu().contiguous().view(-1).numpy().tobytes())
         return digest.hexdigest()
 
+    def logit_slabs(self, data: Tensor) -> Iterator[Tensor]:
+        """(C, Z, Y, X) float32 -> logits (heads, planes, Y, X) float32 on the CPU, mean over the folds, slab by slab along Z.
+
+        A slab comes as soon as no window reaches it any more; the logits in memory are those of one window's depth.
+        """
+        self.network.to(self.device).eval()
+        self._fold = None
+        patch = tuple(self.configuration_manager.patch_size)
+        data, inside = padded(data, patch)
+        # Small windows, as those of one slice, go through the network several at once, beside their mirrored copies.
+        copies = len(self._flips(len(patch))) * int(np.prod(patch))
+        slabs = logits_in_slabs(
+            data.to(self.device),
+            Windows(data.shape[1:], patch, self.tile_step_size),
+            self._answer,
+            heads=self.label_manager.num_segmentation_heads,
+            folds=len(self.list_of_parameters),
+            together=max(1, _VOXELS_PER_FORWARD[self.device.type] // copies),
+            device=self.device,
+        )
+        start = 0
+        for slab in slabs:
+            left, right = (min(max(end - start, 0), slab.shape[1]) for end in (inside[0].start, inside[0].stop))
+            start += slab.shape[1]
+            if left < right:
+                yield slab[:, left:right, inside[1], inside[2]]
+
     @torch.inference_mode()
     def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
         """(C, Z, Y, X) float32 -> logits (heads, Z, Y, X) float32 on the CPU, the mean over the folds."""
-        total: Tensor | None = None
-        for state in self.list_of_parameters:
-            if len(self.list_of_parameters) > 1:
-                self.network.load_state_dict(state)
-            logits = self.predict_sliding_window_return_logits(data).float().cpu()
-            total = logits if total is None else total.add_(logits)
-        if total is None:
-            raise RuntimeError("the predictor holds no weights")
-        return total.div_(len(self.list_of_parameters))
+        return torch.cat(list(self.logit_slabs(data)), dim=1)
 
     def predict_mask(
         self, data: Tensor, properties: dict, *, probabilities: bool = False
@@ -144,45 +166,35 @@ class AutosegPredictor(nnUNetPredictor):
             data: (C, Z, Y, X) float32, as `planners.preprocessed_case.preprocess_case` gives it.
             properties: what it gives beside.
         """
-        return self.mask_from_logits(
-            self.predict_logits_from_preprocessed_data(data), properties, probabilities=probabilities
+        export = self.export(data.shape[1:], properties, probabilities=probabilities)
+        for slab in self.logit_slabs(data):
+            export.add(slab)
+        return export.result()
+
+    def export(self, shape: Sequence[int], properties: dict, *, probabilities: bool = False) -> Export:
+        """Takes the slabs of logits of a case whose image has `shape` (z, y, x), and gives its mask on the grid of the scan."""
+        return export_of_case(
+            shape,
+            properties,
+            self.plans_manager,
+            self.configuration_manager,
+            self.label_manager,
+            probabilities=probabilities,
         )
 
     def mask_from_logits(
         self, logits: Tensor, properties: dict, *, probabilities: bool = False
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Mask and probabilities on the grid of the scan from logits on the grid of the plan."""
-        result = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits,
-            self.plans_manager,
-            self.configuration_manager,
-            self.label_manager,
-            properties,
-            return_probabilities=probabilities,
-            num_threads_torch=torch.get_num_threads(),
-        )
-        return result if probabilities else (result, None)
+        case = self.export(logits.shape[1:], properties, probabilities=probabilities)
+        case.add(logits)
+        return case.result()
 
-    @torch.inference_mode()
-    def _internal_predict_sliding_window_return_logits(
-        self, data: Tensor, slicers: list, do_on_device: bool = True
-    ) -> Tensor:
-        """Weighted mean of the windows' logits, in float32; the weights are nnU-Net's."""
-        device = self.device if do_on_device else torch.device("cpu")
-        data = data.to(device)
-        patch = tuple(self.configuration_manager.patch_size)
-        weights = compute_gaussian(patch, sigma_scale=1 / 8, value_scaling_factor=10, device=device).float()
-        total = torch.zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), device=device)
-        weight_sum = torch.zeros(data.shape[1:], device=device)
-        # Windows of one slice are small: several at once, beside their mirrored copies.
-        together = max(1, _VOXELS_PER_FORWARD[self.device.type] // (len(self._flips(len(patch))) * weights.numel()))
-        for first in range(0, len(slicers), together):
-            windows = slicers[first : first + together]
-            images = torch.stack([data[window] for window in windows]).to(self.device)
-            for window, logits in zip(windows, self._internal_maybe_mirror_and_predict(images), strict=True):
-                total[window].addcmul_(logits.to(device), weights)
-                weight_sum[window[1:]] += weights
-        return total.div_(weight_sum)
+    def _answer(self, fold: int, images: Tensor) -> Tensor:
+        if len(self.list_of_parameters) > 1 and fold != self._fold:
+            self.network.load_state_dict(self.list_of_parameters[fold])
+            self._fold = fold
+        return self._internal_maybe_mirror_and_predict(images.to(self.device))
 
     def _flips(self, dimensions: int) -> list[tuple[int, ...]]:
         """Axes of (N, C, *patch) that are mirrored together, for each copy of a window."""
@@ -199,16 +211,17 @@ class AutosegPredictor(nnUNetPredictor):
             chunk = flips[start : start + together]
             outputs = self._forward(torch.cat([torch.flip(x, flip) for flip in chunk]))
             for output, flip in zip(outputs.split(len(x)), chunk, strict=True):
-                logits = torch.flip(output, flip).float()
+                logits = (torch.flip(output, flip) if flip else output).float()
                 total = logits if total is None else total.add_(logits)
         if total is None:
             raise RuntimeError("no flip at all")
-        return total.div_(len(flips))
+        return total.div_(len(flips)) if len(flips) > 1 else total
 
     def _forward(self, x: Tensor) -> Tensor:
         """The network on a batch, in halves where the device's memory does not hold it."""
         try:
-            return self.network(x)
+            with torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext():
+                return self.network(x)
         except torch.cuda.OutOfMemoryError:
             if len(x) == 1:
                 raise
