@@ -116,6 +116,8 @@ def plot_curve(figures: Path) -> Path:
             middle = (point["reference_cpu_s"] * point["ours_cpu_s"]) ** 0.5
             axes.annotate(f"{ratio:.0f}x", (point["size"], middle), ha="center", va="center", color="0.4")
         axes.set(title=title, xlabel=content["axis"], ylabel="CPU s")
+        axes.set_xticks(sizes, [f"{size / 1e6:g} M" if size >= 100_000 else str(size) for size in sizes])
+        axes.minorticks_off()
         axes.grid(True, which="major", alpha=0.3)
         axes.legend()
     picture = figures.with_suffix(".png")
