@@ -18,7 +18,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from benchmarks.catalog import CATALOG
-    from benchmarks.growth import CURVES
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -30,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
     commands.add_parser("list", help="names, goals and what is measured").set_defaults(command=_list)
     plot = commands.add_parser("plot", help="how cost grows with the size of the problem")
-    plot.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CURVES)}; default: all")
+    plot.add_argument("names", nargs="*", metavar="NAME", help="of voxels, labels, cases; default: all")
     plot.set_defaults(command=_plot)
     commands.add_parser("readme", help="put the newest results into benchmarks/README.md").set_defaults(command=_readme)
     return parser

@@ -24,6 +24,8 @@ class Benchmark:
     """Whose code the reference is."""
     small_goal: float | None = None
     """What is asked on small data where half the goal cannot be reached; the row says why."""
+    slow: bool = False
+    """Whether even small data take too long for the quick tests."""
 
     def make(self, scale: Scale) -> Made:
         """What `benchmarks.measuring.opened` opens."""
@@ -42,6 +44,19 @@ CATALOG = {
     "saving": Benchmark("benchmarks.preprocessing:saving", 5, "saving of a case"),
     "case_2": Benchmark("benchmarks.preprocessing:case_2", 6, "a case, files to files, 2 labels", 0.6),
     "case_62": Benchmark("benchmarks.preprocessing:case_62", 20, "a case, files to files, 62 labels", 0.6),
+    "export_14": Benchmark("benchmarks.export:labels_14", 7, "logits of 14 classes to a mask", 0.1),
+    "export_104": Benchmark("benchmarks.export:labels_104", 25, "logits of 104 classes to a mask", 0.1),
+    # On small data half of the voxels lie near a boundary, and there are only three heads to save.
+    "export_regions": Benchmark(
+        "benchmarks.export:regions_3", 7, "logits of 3 nested regions to a mask", 0.1, small_goal=2
+    ),
+    "folder_prediction": Benchmark(
+        # nnU-Net starts six workers, each of which imports torch: half a minute even for tiny scans.
+        "benchmarks.prediction:folder",
+        3,
+        "folder of 2 scans to masks, toy network",
+        slow=True,
+    ),
     "help": Benchmark("benchmarks.startup:help", 20, "help of training"),
     "wrong_argument": Benchmark("benchmarks.startup:wrong_argument", 13, "training of a data set that is not there"),
     "crops_whole_volume": Benchmark(

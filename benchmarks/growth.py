@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from matplotlib.figure import Figure
+
 from benchmarks.measuring import Agreement, Duel, Made, compare, opened
+from benchmarks.resampling import image_duel, labels_duel
+from benchmarks.scans import Scan, data_folder, real_ct
 from planners.files import read_json, replacing, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,25 +36,23 @@ class Curve:
 
 
 def image_of(voxels: int) -> Duel:
-    """Cubic resampling of a CT from 1.5 to 1.2 times its final spacing, to `voxels`."""
-    return _resampling(voxels, 3, is_seg=False)
+    """Cubic resampling of a CT, from 1.25 times its final spacing."""
+    return image_duel(_scan_before(voxels, 3))
 
 
 def labels_of(voxels: int) -> Duel:
     """Resampling of its label map with three structures."""
-    return _resampling(voxels, 3, is_seg=True)
+    return labels_duel(_scan_before(voxels, 3))
 
 
 def number_of_labels(labels: int) -> Duel:
     """Resampling of a label map to 4 million voxels."""
-    return _resampling(4_000_000, labels, is_seg=True)
+    return labels_duel(_scan_before(4_000_000, labels))
 
 
 @contextmanager
 def preprocessing(cases: int) -> Iterator[Duel]:
     """Commands from raw hippocampus scans to preprocessed cases: verify, fingerprint, plan, preprocess."""
-    from benchmarks.scans import data_folder
-
     with TemporaryDirectory() as folder:
         task = Path(folder) / "Task04_Hippocampus"
         _first_cases(data_folder("Task04_Hippocampus"), task, cases)
@@ -102,8 +104,6 @@ def measure_curve(name: str) -> Path:
 
 def plot_curve(figures: Path) -> Path:
     """Draw what `measure_curve` wrote; returns the picture beside it."""
-    from matplotlib.figure import Figure
-
     content = read_json(figures)
     panels = content["panels"]
     figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained", dpi=110)
@@ -116,6 +116,8 @@ def plot_curve(figures: Path) -> Path:
             middle = (point["reference_cpu_s"] * point["ours_cpu_s"]) ** 0.5
             axes.annotate(f"{ratio:.0f}x", (point["size"], middle), ha="center", va="center", color="0.4")
         axes.set(title=title, xlabel=content["axis"], ylabel="CPU s")
+        axes.set_xticks(sizes, [f"{size / 1e6:g} M" if size >= 100_000 else str(size) for size in sizes])
+        axes.minorticks_off()
         axes.grid(True, which="major", alpha=0.3)
         axes.legend()
     picture = figures.with_suffix(".png")
@@ -124,32 +126,9 @@ def plot_curve(figures: Path) -> Path:
     return picture
 
 
-def _resampling(voxels: int, labels: int, *, is_seg: bool) -> Duel:
-    import numpy as np
-    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
-
-    from benchmarks.scans import real_ct
-    from planners.resample import resample_to_shape
-
-    final = 3.0 * (122 * 101 * 112 / voxels) ** (1 / 3)  # mm, from the scan's 3 mm
-    scan = real_ct(1.25 * final, labels)
-    data = (scan.labels if is_seg else scan.image)[None]
-    target = (final,) * 3
-    shape = [round(n * s / final) for n, s in zip(data.shape[1:], scan.spacing, strict=True)]
-    order = {"order": 1 if is_seg else 3, "order_z": 0, "force_separate_z": None}
-
-    def agreement(reference: np.ndarray, ours: np.ndarray) -> Agreement:
-        if is_seg:
-            equal = float((reference == ours).mean())
-            return Agreement(f"{equal:.7f} of voxels", equal >= 0.99999)
-        difference = float(np.abs(reference - ours).max() / reference.std())
-        return Agreement(f"max {difference:.1e} sd", difference <= 1e-5)
-
-    return Duel(
-        lambda: resample_data_or_seg_to_shape(data, shape, scan.spacing, target, is_seg=is_seg, **order),
-        lambda: resample_to_shape(data, shape, scan.spacing, target, is_seg=is_seg, **order),
-        agreement,
-    )
+def _scan_before(voxels: int, labels: int) -> Scan:
+    """The CT at 1.25 times the spacing at which it has so many voxels."""
+    return real_ct(1.25 * 3.0 * (122 * 101 * 112 / voxels) ** (1 / 3), labels)  # it has 122 x 101 x 112 at 3 mm
 
 
 def _first_cases(task: Path, target: Path, cases: int) -> None:

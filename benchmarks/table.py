@@ -51,16 +51,21 @@ def row_of(benchmark: Benchmark, outcome: Outcome, scale: Scale, rounds: int) ->
 
 def store(name: str, row: dict) -> Path:
     """Write a row into today's files; returns the page."""
-    date, machine = datetime.date.today().isoformat(), _machine()
+    date, machine = datetime.date.today().isoformat(), this_machine()
     file = RESULTS / f"{date}_performance.json"
     found = read_json(file) if file.is_file() else {}
     rows = found["rows"] if found.get("machine") == machine else {}
     rows[_key(name, row)] = row
     content = {"date": date, "machine": machine, "rows": _in_order(rows)}
     write_json(file, content)
-    page = file.with_suffix(".md")
+    return write_page("performance", _page(content))
+
+
+def write_page(name: str, text: str) -> Path:
+    """Write `results/<date>_<name>.md`; returns it."""
+    page = RESULTS / f"{datetime.date.today().isoformat()}_{name}.md"
     with replacing(page) as temporary:
-        temporary.write_text(_page(content), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return page
 
 
@@ -114,17 +119,22 @@ def _page(content: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _heading(content: dict) -> str:
-    machine = content["machine"]
+def machine_text(machine: dict) -> str:
+    """Cores, memory and versions, as a phrase."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return f"{machine['cores']} cores of an {machine['cpu']}, {machine['memory_gb']} GB, {versions}"
+
+
+def _heading(content: dict) -> str:
     return (
-        f"Measured on {content['date']}: {machine['cores']} cores of an {machine['cpu']}, {machine['memory_gb']:.0f} GB, "
-        f"{versions}. CPU time is user + system, the median of the rounds, which alternate in one process; the ratio "
-        "stands beside its lowest and highest round. Memory is the peak growth of ours over the reference's."
+        f"Measured on {content['date']}: {machine_text(content['machine'])}. CPU time is user + system, the median of the "
+        "rounds, which alternate in one process; the ratio stands beside its lowest and highest round. Memory is the peak "
+        "growth of ours over the reference's."
     )
 
 
-def _machine() -> dict:
+def this_machine() -> dict:
+    """What results depend on and are not mixed across."""
     return {
         "cpu": _cpu(),
         "cores": psutil.cpu_count(),

@@ -103,7 +103,7 @@ def test_rows_of_another_machine_are_not_mixed_in(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     row = table.row_of(Benchmark("nowhere:nothing", 10, "a thing"), outcome(10), Scale.full, 2)
     table.store("a", row)
-    monkeypatch.setattr(table, "_machine", lambda: {"cpu": "other", "cores": 1, "memory_gb": 1, "versions": {}})
+    monkeypatch.setattr(table, "this_machine", lambda: {"cpu": "other", "cores": 1, "memory_gb": 1, "versions": {}})
     assert list(read_json(table.store("b", row).with_suffix(".json"))["rows"]) == ["b"]
 
 

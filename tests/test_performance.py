@@ -7,8 +7,10 @@ import pytest
 from benchmarks.catalog import CATALOG
 from benchmarks.measuring import Scale, compare, opened
 
+NAMES = [pytest.param(name, marks=pytest.mark.slow if row.slow else ()) for name, row in CATALOG.items()]
 
-@pytest.mark.parametrize("name", CATALOG)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_at_least_half_the_goal_at_full_agreement(name):
     benchmark = CATALOG[name]
     wanted = benchmark.goal / 2 if benchmark.small_goal is None else benchmark.small_goal
