@@ -223,6 +223,12 @@ def predict(
     mirroring: Annotated[bool, typer.Option("--mirroring/--no-mirroring", help="Average over mirrored views.")] = True,
     step_size: Annotated[float, typer.Option("--step-size", help="Step of the window as share of the patch.")] = 0.5,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Save probabilities (.npz) too.")] = False,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the network on a CPU: float32, or bfloat16 (faster, nearly equal).")
+    ] = "float32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the network first: pays for many scans; needs a C++ compiler.")
+    ] = False,
     device: Device = None,
     overwrite: Overwrite = False,
     root: Root = None,
@@ -244,6 +250,8 @@ def predict(
         mirroring=mirroring,
         step_size=step_size,
         save_probabilities=probabilities,
+        precision=precision,
+        compiled=compiled,
         device=device,
         overwrite=overwrite,
         root=root,

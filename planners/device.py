@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 
 from planners.errors import SettingsError
@@ -23,3 +26,20 @@ def choose_device(name: str | None = None) -> torch.device:
     if not there.get(device.type, False):
         raise SettingsError("This machine has no such device", found=name, remedy="leave --device out, or --device cpu")
     return device
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 (AVX512-BF16 or AMX), without which it is slower than float32.
+
+    Only Linux tells; elsewhere the answer is no.
+    """
+    try:
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(words)
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which `torch.compile` needs on a CPU."""
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))

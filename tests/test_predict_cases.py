@@ -56,7 +56,7 @@ def test_masks_are_those_of_one_case_after_the_other(predictor, cases):
 
 
 @pytest.mark.parametrize("number", [0, 2, 3])
-@pytest.mark.parametrize("part", ["reading", "network", "export", "writing"])
+@pytest.mark.parametrize("part", ["reading", "network", "first slab", "last slab", "writing"])
 def test_a_problem_belongs_to_its_case_wherever_it_happens(predictor, cases, number, part, monkeypatch):
     name = cases[number][0].name
     now = []
@@ -75,13 +75,13 @@ def test_a_problem_belongs_to_its_case_wherever_it_happens(predictor, cases, num
         monkeypatch.setattr(module, "_read", fail_at_case(module._read, lambda _, case: case.name))
     elif part == "network":
         monkeypatch.setattr(predictor, "_answer", fail_at_case(predictor._answer, lambda *_: now[-1]))
-    elif part == "export":
-        made = predictor.export
+    elif "slab" in part:
+        made, slabs = predictor.export, []
 
         def export(*args, **kwargs):
-            case_export = made(*args, **kwargs)
-            owner = now[-1]
-            case_export.add = fail_at_case(case_export.add, lambda *_: owner)
+            case_export, owner = made(*args, **kwargs), now[-1]
+            add = fail_at_case(case_export.add, lambda *_: owner if slabs.count(owner) == ("last" in part) + 1 else "")
+            case_export.add = lambda slab: slabs.append(owner) or add(slab)
             return case_export
 
         monkeypatch.setattr(predictor, "export", export)
@@ -91,6 +91,7 @@ def test_a_problem_belongs_to_its_case_wherever_it_happens(predictor, cases, num
     assert problems == [f"{part} failed" if index == number else None for index in range(4)]
     assert [file.is_file() for _, file in cases] == [index != number for index in range(4)]
     assert not list(cases[0][1].parent.glob(".*partial*"))
+    assert "slab" not in part or slabs.count(cases[number - 1][0].name) == 2
 
 
 def test_the_next_scan_is_read_while_the_network_works(predictor, cases, monkeypatch):

@@ -122,6 +122,17 @@ def test_masks_of_two_models_are_not_mixed(trained, tmp_path):
     predict(trained.scans, tmp_path, dataset=901, device="cpu", folds=(1,), overwrite=True)
 
 
+def test_masks_of_two_precisions_are_not_mixed(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.predictor.cpu_has_bfloat16", lambda: True)
+    predict(trained.scans, tmp_path, dataset=901, device="cpu", folds=(0,))
+    record = json.loads((tmp_path / "prediction.json").read_text())
+    record.pop("precision")  # as written before there was a choice
+    (tmp_path / "prediction.json").write_text(json.dumps(record))
+    predict(trained.scans, tmp_path, dataset=901, device="cpu", folds=(0,))
+    with pytest.raises(SettingsError, match="precision float32 there, bfloat16 asked"):
+        predict(trained.scans, tmp_path, dataset=901, device="cpu", folds=(0,), precision="bfloat16")
+
+
 def test_a_bad_scan_is_reported_at_the_end_and_the_others_finish(trained, tmp_path):
     scans = shutil.copytree(trained.scans, tmp_path / "scans")
     (scans / "aaa_0000.nii.gz").write_bytes(b"not an image")

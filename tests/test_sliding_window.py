@@ -6,6 +6,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from planners.errors import SettingsError
 from tests.tiny import dataset_json, tiny_plan
 from trainers import sliding_window
 from trainers.predictor import AutosegPredictor
@@ -110,3 +111,48 @@ def test_constant_windows_of_other_values_and_folds_have_other_answers():
     assert torch.allclose(first, nnunets_in_single_precision(data, 3), atol=1e-5)
     assert torch.allclose((first + second) / 2, both, atol=1e-4)
     assert not torch.allclose(first, second, atol=0.1)
+
+
+def test_bfloat16_is_only_for_cpus_that_have_it(monkeypatch):
+    monkeypatch.setattr("trainers.predictor.cpu_has_bfloat16", lambda: False)
+    with pytest.raises(SettingsError, match="would be slower"):
+        predictor(precision="bfloat16")
+    with pytest.raises(SettingsError, match="No such precision"):
+        predictor(precision="float16")
+
+
+def test_bfloat16_is_what_the_network_computes_in(monkeypatch):
+    monkeypatch.setattr("trainers.predictor.cpu_has_bfloat16", lambda: True)
+    data, kinds = volume(21, 31, 23), []
+    reduced, exact = predictor(precision="bfloat16"), predictor()
+    for made in (reduced, exact):
+        made.network.register_forward_hook(lambda _module, _inputs, output: kinds.append(output.dtype))
+    logits = reduced.predict_logits_from_preprocessed_data(data)
+    difference = (logits - exact.predict_logits_from_preprocessed_data(data)).abs().max()
+    assert (kinds[0], kinds[-1], logits.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert 0 < difference < 0.05
+
+
+def test_a_network_is_compiled_once_and_takes_the_weights_of_each_fold(monkeypatch):
+    class Compiled:
+        def __init__(self, network):
+            self._orig_mod = network
+            compiled.append(self)
+
+        def __call__(self, x):
+            return self._orig_mod(x)
+
+    compiled = []
+    monkeypatch.setattr("trainers.predictor.has_compiler", lambda: True)
+    monkeypatch.setattr(torch, "compile", Compiled)
+    data, made = volume(21, 31, 23), predictor(weights=2, compiled=True)
+    results = [made.predict_logits_from_preprocessed_data(data) for _ in range(2)]
+    assert len(compiled) == 1
+    assert torch.equal(*results)
+    assert torch.equal(results[0], predictor(weights=2).predict_logits_from_preprocessed_data(data))
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr("trainers.predictor.has_compiler", lambda: False)
+    with pytest.raises(SettingsError, match=r"C\+\+ compiler"):
+        predictor(compiled=True)

@@ -53,12 +53,14 @@ def predict(
     mirroring: bool = True,
     step_size: float = 0.5,
     save_probabilities: bool = False,
+    precision: str = "float32",
+    compiled: bool = False,
 ) -> PredictionSummary:
     """Segment the scans of a folder, or one scan, on their own grid.
 
     The model is a folder (ours or stock nnU-Net's), or the trained model of a dataset; `plan`, `configuration`, `run` and
     `folds` narrow the choice. Masks that are newer than their scan are kept, unless `overwrite`. Beside them lie label
-    names and colours for ITK-SNAP and 3D Slicer.
+    names and colours for ITK-SNAP and 3D Slicer. `precision` and `compiled` are as in `AutosegPredictor`.
 
     Raises CasesFailed after all other cases are finished, SettingsError when the model is not clear or `output` holds
     masks of another one.
@@ -67,7 +69,9 @@ def predict(
         raise SettingsError("The step of the window is a share of its size", found=step_size, expected="in (0, 1]")
     model = _model(dataset, model_folder, plan, configuration, run, folds)
     chosen = choose_device(device)
-    predictor = AutosegPredictor(chosen, step_size=step_size, mirroring=mirroring)
+    predictor = AutosegPredictor(
+        chosen, step_size=step_size, mirroring=mirroring, precision=precision, compiled=compiled
+    )
     predictor.initialize_from_trained_model_folder(model, folds)
     dataset_json = predictor.dataset_json
     ending = dataset_json["file_ending"]
@@ -83,7 +87,7 @@ def predict(
     )
 
     output.mkdir(parents=True, exist_ok=True)
-    _record(output, _identity(predictor, model, step_size, mirroring), overwrite)
+    _record(output, _identity(predictor, model, step_size, mirroring, precision), overwrite)
     write_viewer_files(output, dataset_json)
     todo = []
     for case in cases:
@@ -140,7 +144,7 @@ def _is_newer(file: Path, case: Case) -> bool:
     return file.is_file() and file.stat().st_mtime_ns >= max(image.stat().st_mtime_ns for image in case.images)
 
 
-def _identity(predictor: AutosegPredictor, model: Path, step_size: float, mirroring: bool) -> dict:
+def _identity(predictor: AutosegPredictor, model: Path, step_size: float, mirroring: bool, precision: str) -> dict:
     """What decides the voxels of a mask beside the scan."""
     return {
         "model": f"{model.resolve().parent.name}/{model.resolve().name}",
@@ -148,6 +152,7 @@ def _identity(predictor: AutosegPredictor, model: Path, step_size: float, mirror
         "weights": predictor.weights_hash(),
         "step_size": step_size,
         "mirroring": mirroring,
+        "precision": precision,
     }
 
 
@@ -155,7 +160,7 @@ def _record(output: Path, identity: dict, overwrite: bool) -> None:
     """Write down which model the masks of a folder come from; refuse to mix two."""
     file = output / _RECORD
     if file.is_file() and not overwrite:
-        there = read_json(file)
+        there = {"precision": "float32", **read_json(file)}  # older folders do not tell it
         different = [
             f"{key} {there.get(key)} there, {value} asked" for key, value in identity.items() if there.get(key) != value
         ]

@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
-from planners.errors import DatasetError, PlanError
+from planners.device import cpu_has_bfloat16, has_compiler
+from planners.errors import DatasetError, PlanError, SettingsError
 from planners.files import read_json
 from planners.quiet import nnunet_quiet
 from pretrain.networks.registry import build_network
@@ -44,8 +46,27 @@ class AutosegPredictor(nnUNetPredictor):
     configuration_name: str = ""
     _fold: int | None = None
     """Whose weights the network has, counted from 0."""
+    _run: Any = None
+    """The compiled network, if it is to be compiled; its weights are those of `network`."""
 
-    def __init__(self, device: torch.device, *, step_size: float = 0.5, mirroring: bool = True) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        step_size: float = 0.5,
+        mirroring: bool = True,
+        precision: str = "float32",
+        compiled: bool = False,
+    ) -> None:
+        """
+        Args:
+            step_size: of the window, as a share of its size.
+            mirroring: average over the mirrored copies that the model was trained with.
+            precision: of the network on a CPU: float32, or bfloat16, which changes a few voxels of a mask.
+            compiled: compile the network, which takes tens of seconds a model and pays for many scans.
+        """
+        _refuse_impossible(device, precision, compiled)
+        self._reduced, self._compiled = precision == "bfloat16", compiled
         with nnunet_quiet():
             super().__init__(
                 tile_step_size=step_size,
@@ -131,6 +152,8 @@ class AutosegPredictor(nnUNetPredictor):
         A slab comes as soon as no window reaches it any more; the logits in memory are those of one window's depth.
         """
         self.network.to(self.device).eval()
+        if self._compiled and (self._run is None or self._run._orig_mod is not self.network):
+            self._run = torch.compile(self.network)
         self._fold = None
         patch = tuple(self.configuration_manager.patch_size)
         data, inside = padded(data, patch)
@@ -220,11 +243,31 @@ class AutosegPredictor(nnUNetPredictor):
     def _forward(self, x: Tensor) -> Tensor:
         """The network on a batch, in halves where the device's memory does not hold it."""
         try:
-            with torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext():
-                return self.network(x)
+            with self._lower_precision():
+                return (self._run or self.network)(x)
         except torch.cuda.OutOfMemoryError:
             if len(x) == 1:
                 raise
             torch.cuda.empty_cache()
         half = len(x) // 2
         return torch.cat([self._forward(x[:half]), self._forward(x[half:])])
+
+    def _lower_precision(self) -> contextlib.AbstractContextManager:
+        if self._reduced:
+            return torch.autocast("cpu", dtype=torch.bfloat16)
+        return torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _refuse_impossible(device: torch.device, precision: str, compiled: bool) -> None:
+    if precision not in ("float32", "bfloat16"):
+        raise SettingsError("No such precision", found=precision, expected="float32 or bfloat16")
+    if precision == "bfloat16" and not (device.type == "cpu" and cpu_has_bfloat16()):
+        raise SettingsError(
+            "bfloat16 is for CPUs with instructions for it (AVX512-BF16 or AMX); a GPU uses half precision anyway",
+            found=f"device {device}" if device.type != "cpu" else "a CPU without them, where it would be slower",
+            remedy="leave --precision out",
+        )
+    if compiled and device.type == "cpu" and not has_compiler():
+        raise SettingsError(
+            "Compiling the network needs a C++ compiler", found="none", remedy="install g++, or leave --compile out"
+        )

@@ -149,7 +149,11 @@ def _at(logits: Tensor, indices: np.ndarray) -> np.ndarray:
 
 
 def _mix(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    return (values * shares).sum(axis=0)
+    """Weighted sums of values (n, k) float32, one corner after the other: `sum` orders them by the length of the arrays."""
+    total = values[0] * shares[0]
+    for value, share in zip(values[1:], shares[1:], strict=True):
+        total += value * share
+    return total
 
 
 def _parts(length: int) -> Iterator[slice]:
