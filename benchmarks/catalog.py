@@ -39,7 +39,7 @@ CATALOG = {
     "labels_3": Benchmark("benchmarks.resampling:labels_3", 25, "labels to a finer grid, 3 of them", 0.6),
     "labels_62": Benchmark("benchmarks.resampling:labels_62", 100, "labels to a finer grid, 62 of them", 0.6),
     "labels_separate_z": Benchmark("benchmarks.resampling:labels_separate_z", 25, "62 labels, slices one by one", 0.6),
-    "crop": Benchmark("benchmarks.preprocessing:crop", 5, "crop to what is not zero"),
+    "crop": Benchmark("benchmarks.preprocessing:crop", 1, "crop to what is not zero"),
     "locations": Benchmark("benchmarks.preprocessing:locations", 2, "voxels to centre patches on"),
     "saving": Benchmark("benchmarks.preprocessing:saving", 5, "saving of a case"),
     "case_2": Benchmark("benchmarks.preprocessing:case_2", 6, "a case, files to files, 2 labels", 0.6),
