@@ -273,9 +273,10 @@ def evaluate(
     """Dice, NSD and HD95 per case and structure."""
     begin(root)
     from autoseg import commands
-    from autoseg.evaluation import print_evaluation
 
     result = commands.evaluate(predictions, references, dataset, tolerance_mm=tolerance_mm, workers=workers, root=root)
+    from autoseg.evaluation import print_evaluation
+
     print_evaluation(result)
 
 

@@ -223,6 +223,7 @@ def evaluate(
 ) -> Evaluation:
     """Dice, NSD and HD95 per case and structure; writes metrics.csv and metrics.json beside the predictions."""
     paths.configure(root)
+    paths.resolve_dataset(dataset)
     from autoseg.evaluation import evaluate as run
 
     return run(Path(predictions), Path(references), dataset, tolerance_mm=tolerance_mm, workers=workers)
@@ -239,6 +240,8 @@ def export(
 ) -> Path:
     """Write a trained model or an encoder into one file to share; options as in `autoseg.share.export`."""
     paths.configure(root)
+    if dataset is not None:
+        paths.resolve_dataset(dataset)
     from autoseg.share import export as run
 
     return run(dataset, output=output, format=format, overwrite=overwrite, **choice)
@@ -266,6 +269,11 @@ def push(
 ) -> str:
     """Upload a trained model or an encoder to the Hugging Face Hub; options as in `autoseg.hub.push`."""
     paths.configure(root)
+    from autoseg.hub_address import parse_address
+
+    parse_address(to)  # before anything heavy is imported, here and in `pull`
+    if dataset is not None:
+        paths.resolve_dataset(dataset)
     from autoseg.hub import push as run
 
     return run(to, dataset, public=public, **choice)
@@ -281,6 +289,9 @@ def pull(
 ) -> Path:
     """Install a model or an encoder from the Hugging Face Hub; options as in `autoseg.hub.pull`."""
     paths.configure(root)
+    from autoseg.hub_address import parse_address
+
+    parse_address(source)
     from autoseg.hub import pull as run
 
     return run(source, dataset, name=name, revision=revision)

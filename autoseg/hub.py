@@ -7,15 +7,14 @@ downloaded, of one commit, which is written down.
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from autoseg.archive import CARD, MANIFEST, check_folder, is_ours, parse_manifest
+from autoseg.hub_address import Address, parse_address
 from autoseg.install import install
 from autoseg.share import choose, pack
 from planners.errors import DatasetError, SettingsError
@@ -25,33 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("autoseg")
 
-_PART = r"[A-Za-z0-9][\w.-]*"
-_ADDRESS = re.compile(rf"hf:(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+))?")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt")
 _NNSSL = {"checkpoint_final.pth", "adaptation_plan.json"}
 """What nnssl's repositories hold: weights and what they are."""
-
-
-@dataclass(frozen=True)
-class Address:
-    """`hf:owner/repo[@revision][/FILE]`."""
-
-    repo: str
-    revision: str | None = None
-    file: str | None = None
-
-
-def parse_address(text: str) -> Address:
-    """Read `hf:owner/repo`; SettingsError for another spelling."""
-    match = _ADDRESS.fullmatch(text)
-    if match is None or ".." in text:
-        raise SettingsError(
-            "Not the address of a repository on the Hugging Face Hub",
-            found=text,
-            expected="hf:owner/repo, hf:owner/repo@REVISION or hf:owner/repo/FILE",
-            remedy="copy owner/repo from the address of the repository's page",
-        )
-    return Address(**match.groupdict())
 
 
 def push(

@@ -60,7 +60,11 @@ def test_help_answers_at_once(command):
     assert f"Usage: {' '.join(['autoseg', *command])} [OPTIONS]" in result.stdout
 
 
-WRONG = [["train", "--bogus"], ["train", "-d", "999"], ["predict", "-i", "nowhere", "-o", "out", "-d", "999"]]
+WRONG = [
+    ["train", "--bogus"], ["train", "-d", "999"], ["predict", "-i", "nowhere", "-o", "out", "-d", "999"],
+    ["evaluate", "-i", "nowhere", "-r", "nowhere", "-d", "999"], ["export", "-d", "999"], ["pull", "hf:voco"],
+    ["push", "hf:voco", "-d", "999"],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", WRONG, ids=" ".join)
