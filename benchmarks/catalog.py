@@ -42,6 +42,8 @@ CATALOG = {
     "saving": Benchmark("benchmarks.preprocessing:saving", 5, "saving of a case"),
     "case_2": Benchmark("benchmarks.preprocessing:case_2", 6, "a case, files to files, 2 labels", 0.6),
     "case_62": Benchmark("benchmarks.preprocessing:case_62", 20, "a case, files to files, 62 labels", 0.6),
+    "patches_2": Benchmark("benchmarks.training_data:patches_2", 1.5, "training patches, 2 labels"),
+    "patches_60": Benchmark("benchmarks.training_data:patches_60", 4, "training patches, 60 labels"),
     "help": Benchmark("benchmarks.startup:help", 20, "help of training"),
     "wrong_argument": Benchmark("benchmarks.startup:wrong_argument", 13, "training of a data set that is not there"),
     "crops_whole_volume": Benchmark(
