@@ -48,6 +48,8 @@ CATALOG = {
     "saving": Benchmark("benchmarks.preprocessing:saving", 5, "saving of a case"),
     "case_2": Benchmark("benchmarks.preprocessing:case_2", 6, "a case, files to files, 2 labels", 0.6),
     "case_62": Benchmark("benchmarks.preprocessing:case_62", 20, "a case, files to files, 62 labels", 0.6),
+    # nnU-Net starts workers that each import torch: half a minute even for four cases.
+    "hippocampus": Benchmark("benchmarks.commands:hippocampus", 3, "170 MR cases, command to command", slow=True),
     "export_14": Benchmark("benchmarks.export:labels_14", 7, "logits of 14 classes to a mask", 0.1),
     "export_104": Benchmark("benchmarks.export:labels_104", 25, "logits of 104 classes to a mask", 0.1),
     # On small data half of the voxels lie near a boundary, and there are only three heads to save.
@@ -55,12 +57,14 @@ CATALOG = {
         "benchmarks.export:regions_3", 7, "logits of 3 nested regions to a mask", 0.1, small_goal=2
     ),
     "folder_prediction": Benchmark(
-        # nnU-Net starts six workers, each of which imports torch: half a minute even for tiny scans.
+        # Here they are six.
         "benchmarks.prediction:folder",
         3,
         "folder of 2 scans to masks, toy network",
         slow=True,
     ),
+    "patches_2": Benchmark("benchmarks.training_data:patches_2", 1.5, "training patches, 2 labels"),
+    "patches_60": Benchmark("benchmarks.training_data:patches_60", 4, "training patches, 60 labels"),
     "help": Benchmark("benchmarks.startup:help", 20, "help of training"),
     "wrong_argument": Benchmark("benchmarks.startup:wrong_argument", 13, "training of a data set that is not there"),
     "crops_whole_volume": Benchmark(

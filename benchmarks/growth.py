@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from matplotlib.figure import Figure
 
-from benchmarks.measuring import Agreement, Duel, Made, compare, opened
+from benchmarks.commands import plan_and_preprocess
+from benchmarks.measuring import Duel, Made, compare, opened
 from benchmarks.resampling import image_duel, labels_duel
-from benchmarks.scans import Scan, data_folder, real_ct
+from benchmarks.scans import Scan, real_ct
 from planners.files import read_json, replacing, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,30 +45,6 @@ def number_of_labels(labels: int) -> Duel:
     return labels_duel(_scan_before(4_000_000, labels))
 
 
-@contextmanager
-def preprocessing(cases: int) -> Iterator[Duel]:
-    """Commands from raw hippocampus scans to preprocessed cases: verify, fingerprint, plan, preprocess."""
-    with TemporaryDirectory() as folder:
-        task = Path(folder) / "Task04_Hippocampus"
-        _first_cases(data_folder("Task04_Hippocampus"), task, cases)
-        autoseg = [sys.executable, "-m", "autoseg"]
-        subprocess.run([*autoseg, "convert", "msd", str(task), "-d", "4", "--root", folder], check=True)
-        places = {f"nnUNet_{name}": f"{folder}/{name}" for name in ("raw", "preprocessed", "results")}
-        nnunet = [str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")), "-d", "4", "-c", "3d_fullres"]
-        ours = [*autoseg, "plan_and_preprocess", "-d", "4", "--root", folder]
-
-        def run(command: list[str]) -> int:
-            shutil.rmtree(places["nnUNet_preprocessed"], ignore_errors=True)
-            subprocess.run(command, check=True, capture_output=True, env={**os.environ, **places})
-            return len(list(Path(places["nnUNet_preprocessed"]).rglob("*_seg.b2nd")))
-
-        yield Duel(
-            lambda: run([*nnunet, "--verify_dataset_integrity"]),
-            lambda: run(ours),
-            lambda reference, ours: Agreement(f"{ours} cases", reference == ours == cases),
-        )
-
-
 CURVES = {
     "voxels": Curve(
         "voxels after resampling",
@@ -81,7 +52,7 @@ CURVES = {
         {"image, cubic": image_of, "label map, 3 labels": labels_of},
     ),
     "labels": Curve("labels", [1, 3, 10, 30, 62], {"label map, 4 million voxels": number_of_labels}),
-    "cases": Curve("cases", [10, 40, 170], {"hippocampus, raw to preprocessed": preprocessing}),
+    "cases": Curve("cases", [10, 40, 170], {"hippocampus, raw to preprocessed": plan_and_preprocess}),
 }
 
 
@@ -129,15 +100,3 @@ def plot_curve(figures: Path) -> Path:
 def _scan_before(voxels: int, labels: int) -> Scan:
     """The CT at 1.25 times the spacing at which it has so many voxels."""
     return real_ct(1.25 * 3.0 * (122 * 101 * 112 / voxels) ** (1 / 3), labels)  # it has 122 x 101 x 112 at 3 mm
-
-
-def _first_cases(task: Path, target: Path, cases: int) -> None:
-    """A Decathlon task with its first cases only."""
-    description = read_json(task / "dataset.json")
-    description["training"] = description["training"][:cases]
-    description["numTraining"] = len(description["training"])
-    for case in description["training"]:
-        for part in ("image", "label"):
-            (target / case[part]).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(task / case[part], target / case[part])
-    write_json(target / "dataset.json", {**description, "test": [], "numTest": 0})
