@@ -142,6 +142,9 @@ def test_a_network_is_compiled_once_and_takes_the_weights_of_each_fold(monkeypat
         def __call__(self, x):
             return self._orig_mod(x)
 
+        def __len__(self):
+            raise TypeError("as torch's compiled networks do where the network has no length")
+
     compiled = []
     monkeypatch.setattr("trainers.predictor.has_compiler", lambda: True)
     monkeypatch.setattr(torch, "compile", Compiled)

@@ -244,7 +244,7 @@ class AutosegPredictor(nnUNetPredictor):
         """The network on a batch, in halves where the device's memory does not hold it."""
         try:
             with self._lower_precision():
-                return (self._run or self.network)(x)
+                return (self.network if self._run is None else self._run)(x)
         except torch.cuda.OutOfMemoryError:
             if len(x) == 1:
                 raise
