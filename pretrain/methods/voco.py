@@ -409,8 +409,9 @@ def _region(
 def _thinned(image: np.ndarray) -> np.ndarray:
     """Every few voxels of (channels, *space), with at least _SAMPLES on each axis that has them: for shares and deviations,
     which took longer of all voxels than to read them."""
-    every = [slice(None), *(slice(None, None, max(1, n // _SAMPLES)) for n in image.shape[1:])]
-    return image[tuple(every)]
+    every = (slice(None, None, max(1, n // _SAMPLES)) for n in image.shape[1:])
+    thinned = (slice(None), *every)
+    return image[thinned]
 
 
 def _overview(image: np.ndarray, layout: Layout) -> np.ndarray:
