@@ -144,6 +144,17 @@ def test_half_way_between_two_labels_the_nearer_corners_is_taken():
         assert ours.item() == reference._apply_to_segmentation(labels, grid=grid).item() == label
 
 
+def test_scores_that_are_equal_in_half_precision_tie():
+    """0.44992 of the nearest corner's label and 0.45005 of another are both 450 thousandths."""
+    labels = torch.tensor([[[3, 5], [5, 7]]], dtype=torch.int8)
+    y, x = 0.25, 0.4001
+    reference = SpatialTransform((1, 1), 0, False, border_mode_seg="constant", padding_value_seg=-1)
+    grid = torch.tensor([[[(2 * x + 1) / 2 - 1, (2 * y + 1) / 2 - 1]]])
+    wide = torch.nn.functional.pad(labels, (0, 1, 0, 1))  # a box holds one voxel more than the corners
+    ours = turn(torch.zeros((1, 3, 3)), wide, np.eye(2), (y, x), (1, 1))[1]
+    assert ours.item() == reference._apply_to_segmentation(labels, grid=grid).item() == 3
+
+
 def test_among_three_tied_labels_the_smallest_wins_unless_the_nearest_is_one_of_them():
     # Three corners with a quarter each but one with more of the fourth's share: none but the nearest may win a tie.
     labels = torch.tensor([[[9, 4, 0], [7, 2, 0], [0, 0, 0]]], dtype=torch.int8)

@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -343,3 +345,9 @@ def test_all_cases_can_be_trained_on(tiny):
     fold = short_train(folds=("all",), settings={"epochs": 1, "iterations": 1})
     assert fold.name == "fold_all"
     assert len(list((fold / "validation").glob("*.nii.gz"))) == 5
+
+
+def test_training_from_scratch_imports_nothing_that_only_encoders_need():
+    program = "import sys, trainers.train; print({'timm', 'torchvision', 'tensorboard', 'monai'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
