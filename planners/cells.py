@@ -28,9 +28,10 @@ class Cells:
         self._weight: list[np.ndarray] = []
         """Of each axis: share of the corner above each sample, float64."""
         for n, m in zip(self.old, self.new, strict=True):
-            position = (np.arange(m) + 0.5) * n / m - 0.5
+            # To the last bit as SciPy has it, so that sums of shares tie where its sums tie.
+            position = np.clip(n / m * (np.arange(m) + 0.5) - 0.5, 0, n - 1)
             below = np.floor(position)
-            self._lower.append(np.clip(below.astype(np.intp) + 1, 0, n))
+            self._lower.append(below.astype(np.intp) + 1)
             self._weight.append(position - below)
         self._moving = [axis for axis, (n, m) in enumerate(zip(self.old, self.new, strict=True)) if n != m]
 
@@ -94,7 +95,8 @@ class Cells:
         for axis, index in enumerate((z, y, x)):
             below, above, share = self.ends(axis)
             ends.append([below[index] * strides[axis], above[index] * strides[axis]])
-            shares.append([1 - share[index], share[index]])
+            lower = 1 - share[index]
+            shares.append([lower, 1 - lower])
         order = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
         indices = np.stack([ends[0][a] + ends[1][b] + ends[2][c] for a, b, c in order])
         weights = np.stack([shares[0][a] * shares[1][b] * shares[2][c] for a, b, c in order])

@@ -7,6 +7,7 @@ disagree (`planners.cells`), so that their cost does not grow with the number of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -114,12 +115,13 @@ def _winners(labels: np.ndarray, shares: np.ndarray, nearest: np.ndarray) -> np.
         labels, shares: (8, k), of the corners around each sample.
         nearest: (k,), which corner is nearest.
     """
-    scores = shares.copy()
-    for one in range(8):
-        for other in range(one + 1, 8):
-            same = labels[one] == labels[other]
-            scores[one] += shares[other] * same
-            scores[other] += shares[one] * same
+    scores, pairs = shares.copy(), list(combinations(range(8), 2))
+    same = [labels[one] == labels[other] for one, other in pairs]
+    for (one, other), equal in zip(pairs, same, strict=True):
+        scores[one] += shares[other] * equal
+    # The first corner of a label has the whole sum, added up in SciPy's order; the others take it from there.
+    for (one, other), equal in zip(reversed(pairs), reversed(same), strict=True):
+        np.copyto(scores[other], scores[one], where=equal)
     tied = scores == scores.max(axis=0)
     samples = np.arange(labels.shape[1])
     smallest = np.where(tied, labels, np.iinfo(labels.dtype).max).min(axis=0)

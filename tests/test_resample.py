@@ -56,15 +56,14 @@ def test_labels_equal_nnunets(shapes, spacings):
     )
     ours = resample_to_shape(labels, shapes[1], *spacings, is_seg=True, order=1)
     assert ours.dtype == expected.dtype
-    # One voxel in some ten thousand lies within rounding of a tie between three labels.
-    assert (ours != expected).sum() <= 1
+    np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32, np.float64])
 def test_labels_keep_their_type(dtype):
     labels = np.abs(labels_of((9, 12, 11))).astype(dtype)
-    expected = resample_data_or_seg_to_shape(labels.copy(), (13, 19, 16), (1, 1, 1), (1, 1, 1), is_seg=True, order=1)
-    ours = resample_to_shape(labels, (13, 19, 16), (1, 1, 1), (1, 1, 1), is_seg=True, order=1)
+    expected = resample_data_or_seg_to_shape(labels.copy(), (11, 10, 19), (1, 1, 1), (1, 1, 1), is_seg=True, order=1)
+    ours = resample_to_shape(labels, (11, 10, 19), (1, 1, 1), (1, 1, 1), is_seg=True, order=1)
     assert ours.dtype == expected.dtype
     np.testing.assert_array_equal(ours, expected)
 
@@ -72,15 +71,16 @@ def test_labels_keep_their_type(dtype):
 @pytest.mark.parametrize("largest", [126, 127, 128, 300, 70_000])
 def test_labels_of_any_size_survive(largest):
     labels = np.where(labels_of((9, 12, 11), dtype=np.int32) > 1, largest, 1)
-    expected = resample_data_or_seg_to_shape(labels.copy(), (13, 19, 16), (1, 1, 1), (1, 1, 1), is_seg=True, order=1)
-    ours = resample_to_shape(labels, (13, 19, 16), (1, 1, 1), (1, 1, 1), is_seg=True, order=1)
+    expected = resample_data_or_seg_to_shape(labels.copy(), (11, 10, 19), (1, 1, 1), (1, 1, 1), is_seg=True, order=1)
+    ours = resample_to_shape(labels, (11, 10, 19), (1, 1, 1), (1, 1, 1), is_seg=True, order=1)
     np.testing.assert_array_equal(ours, expected)
 
 
 def test_ties_go_to_the_nearest_corner():
-    """Twice the size puts every second sample at a quarter, half the size exactly between two voxels."""
+    """Half the size puts samples exactly between two voxels, five quarters every fifth. Sums are rounded as SciPy rounds them,
+    so that they tie where its sums tie."""
     labels = labels_of((8, 12, 10))
-    for shape in ((16, 24, 20), (4, 6, 5)):
+    for shape in ((16, 24, 20), (4, 6, 5), (10, 15, 25)):
         expected = resample_data_or_seg_to_shape(labels.copy(), shape, (1, 1, 1), (1, 1, 1), is_seg=True, order=1)
         np.testing.assert_array_equal(
             resample_to_shape(labels, shape, (1, 1, 1), (1, 1, 1), is_seg=True, order=1), expected
