@@ -87,12 +87,12 @@ def test_features_use_many_directions(course: Course) -> None:
 def test_class_tokens_know_the_height_and_patches_the_organ(course: Course) -> None:
     """Checks 3 and 4, and 7: the teacher is not worse than the student.
 
-    Of check 3 the first half only, three times chance: what a new network says of these phantoms, mostly their mean brightness,
-    places slices as well (0.38 beside 0.37; 256 slices, ± 0.03). So short a run does not improve on it.
+    A new network, which sees little more than the mean brightness of these phantoms, places slices well enough (0.38; 256
+    slices, ± 0.03) that so short a run is only just better (0.44).
     """
     found = {stage: knows(backbone) for stage, backbone in course.after.items()} | {"student": knows(course.student)}
     print(found)
-    assert found[HIGH]["place"] > 0.3
+    assert found[HIGH]["place"] > max(0.3, found["new"]["place"])
     assert found[DINO]["organs"] > found["new"]["organs"] + 0.1
     assert found[HIGH]["organs"] > found["new"]["organs"] + 0.1
     assert found[DINO]["organs"] > found["student"]["organs"] - 0.02
