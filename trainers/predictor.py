@@ -35,7 +35,7 @@ from trainers.sliding_window import Windows, logits_in_slabs, padded
 
 logger = logging.getLogger("autoseg")
 
-_VOXELS_PER_FORWARD = {"cpu": 2**20, "cuda": 2**24, "mps": 2**22}
+_VOXELS_PER_FORWARD = {"cpu": 2**18, "cuda": 2**24, "mps": 2**22}
 """Patches go through the network together up to this size; more gains nothing and costs memory."""
 
 
