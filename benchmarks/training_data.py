@@ -48,13 +48,13 @@ def _duel(scale: Scale, labels: int) -> Iterator[Duel]:
     scan = real_ct(1.5, labels) if full else made_up((110, 100, 120), labels)
     patch, batches = ((128, 128, 128), 10) if full else ((64, 64, 64), 6)
     with TemporaryDirectory() as folder:
-        _save(scan, patch, labels, folder)
-        theirs = _loader(nnUNetDataLoader, nnUNetDatasetBlosc2(folder), nnUNetTrainer, patch, labels)
-        ours = _loader(PatchLoader, SafeDataset(folder), AutosegTrainer, patch, labels)
+        save(scan, patch, labels, folder)
+        theirs, ours = loaders(folder, patch, labels)
         yield Duel(_drawing(theirs, batches), _drawing(ours, batches), _same_batches)
 
 
-def _save(scan: Scan, patch: tuple[int, ...], labels: int, folder: str) -> None:
+def save(scan: Scan, patch: tuple[int, ...], labels: int, folder: str) -> None:
+    """One case with `labels`, preprocessed as nnU-Net keeps it."""
     image = ((scan.image - scan.image.mean()) / scan.image.std())[None]
     marks = scan.labels.astype(np.int8)[None]
     blocks, chunks = comp_blosc2_params(image.shape, patch)
@@ -62,6 +62,14 @@ def _save(scan: Scan, patch: tuple[int, ...], labels: int, folder: str) -> None:
     properties = {"class_locations": places, "spacing": scan.spacing}
     target = str(Path(folder) / "ct")
     nnUNetDatasetBlosc2.save_case(image, marks, properties, target, chunks=chunks, blocks=blocks)
+
+
+def loaders(folder: str, patch: tuple[int, ...], labels: int) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
+    """nnU-Net's loader and ours of the case in `folder`."""
+    return (
+        _loader(nnUNetDataLoader, nnUNetDatasetBlosc2(folder), nnUNetTrainer, patch, labels),
+        _loader(PatchLoader, SafeDataset(folder), AutosegTrainer, patch, labels),
+    )
 
 
 def _loader(kind: type, data: Any, trainer: type, patch: tuple[int, ...], labels: int) -> nnUNetDataLoader:
