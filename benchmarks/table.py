@@ -129,7 +129,7 @@ def _heading(content: dict) -> str:
     return (
         f"Measured on {content['date']}: {machine_text(content['machine'])}. CPU time is user + system, the median of the "
         "rounds, which alternate in one process; the ratio stands beside its lowest and highest round. Memory is the peak "
-        "growth of ours over the reference's."
+        "growth of ours over the reference's, without that of processes they start."
     )
 
 
