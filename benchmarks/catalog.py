@@ -56,12 +56,9 @@ CATALOG = {
     "export_regions": Benchmark(
         "benchmarks.export:regions_3", 7, "logits of 3 nested regions to a mask", 0.1, small_goal=2
     ),
+    # The same, with six workers.
     "folder_prediction": Benchmark(
-        # Here they are six.
-        "benchmarks.prediction:folder",
-        3,
-        "folder of 2 scans to masks, toy network",
-        slow=True,
+        "benchmarks.prediction:folder", 3, "folder of 2 scans to masks, toy network", slow=True
     ),
     "patches_2": Benchmark("benchmarks.training_data:patches_2", 1.5, "training patches, 2 labels"),
     "patches_60": Benchmark("benchmarks.training_data:patches_60", 4, "training patches, 60 labels"),

@@ -28,7 +28,7 @@ class Scale(Enum):
     small = "small"
     """Seconds, on data that the benchmark makes itself: for CI."""
     full = "full"
-    """The sizes of the published figures, on real scans (`benchmarks.data`)."""
+    """The sizes of the published figures, on real scans (`benchmarks.scans`)."""
 
 
 @dataclass(frozen=True)

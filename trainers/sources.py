@@ -58,9 +58,8 @@ def find_source(
     Raises SettingsError when it is not clear which encoder is meant or when `plan_name` or `configuration` contradict
     it, PretrainedMismatch for one that is unfinished or was not trained at all.
     """
-    from pretrain.importers.reading import (
-        read_weights,
-    )  # imports timm, a second that training from scratch need not wait
+    # It imports timm, a second that training from scratch need not wait.
+    from pretrain.importers.reading import read_weights
 
     text = str(pretrained)
     if "/" in text or "\\" in text or Path(text).exists():
