@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planners import paths
+from planners.deferred import PREDICTOR, TRAINER, import_quickly
 from planners.errors import DatasetError, SettingsError
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def train(dataset: int | str, *, root: str | Path | None = None, **options: Any)
     """Train folds of a segmentation model; options as in `trainers.train.train`. Returns the folders of the folds."""
     paths.configure(root)
     paths.resolve_dataset(dataset)
+    import_quickly(TRAINER)
     from trainers.train import train as run
 
     return run(dataset, **{**options, "pretrained": _local(options.get("pretrained"))})
@@ -207,6 +209,7 @@ def predict(
         raise DatasetError(
             "No such scan or folder", where=inputs, remedy="give a folder of scans, or one scan, with -i"
         )
+    import_quickly(PREDICTOR)
     from trainers.predict import predict as run
 
     return run(Path(inputs), Path(output), **options)

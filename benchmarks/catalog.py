@@ -64,6 +64,7 @@ CATALOG = {
     "patches_60": Benchmark("benchmarks.training_data:patches_60", 4, "training patches, 60 labels"),
     "help": Benchmark("benchmarks.startup:help", 20, "help of training"),
     "wrong_argument": Benchmark("benchmarks.startup:wrong_argument", 13, "training of a data set that is not there"),
+    "first_step": Benchmark("benchmarks.startup:first_step", 2, "training up to its first step"),
     "crops_whole_volume": Benchmark(
         "benchmarks.pretraining_data:whole_volume", 10, "VoCo views of a CT, volume read for each", against="voco"
     ),

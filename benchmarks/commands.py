@@ -15,6 +15,8 @@ from benchmarks.measuring import Agreement, Duel, Scale
 from benchmarks.scans import data_folder
 from planners.files import read_json, write_json
 
+AUTOSEG = (sys.executable, "-m", "autoseg")
+
 
 def hippocampus(scale: Scale) -> AbstractContextManager[Duel]:
     """170 MR cases; small: 4 of them."""
@@ -25,14 +27,10 @@ def hippocampus(scale: Scale) -> AbstractContextManager[Duel]:
 def plan_and_preprocess(cases: int) -> Iterator[Duel]:
     """Raw hippocampus scans to preprocessed cases: verify, fingerprint, plan, preprocess; both with their own defaults."""
     with TemporaryDirectory() as folder:
-        task = Path(folder) / "Task04_Hippocampus"
-        _first_cases(data_folder("Task04_Hippocampus"), task, cases)
-        autoseg = [sys.executable, "-m", "autoseg"]
-        convert = [*autoseg, "convert", "msd", str(task), "-d", "4", "--root", folder]
-        subprocess.run(convert, check=True, capture_output=True)
+        write_hippocampus(folder, cases)
         places = {f"nnUNet_{name}": f"{folder}/{name}" for name in ("raw", "preprocessed", "results")}
         nnunet = [str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")), "-d", "4", "-c", "3d_fullres"]
-        ours = [*autoseg, "plan_and_preprocess", "-d", "4", "--root", folder]
+        ours = [*AUTOSEG, "plan_and_preprocess", "-d", "4", "--root", folder]
 
         def run(command: list[str]) -> int:
             shutil.rmtree(places["nnUNet_preprocessed"], ignore_errors=True)
@@ -44,6 +42,14 @@ def plan_and_preprocess(cases: int) -> Iterator[Duel]:
             lambda: run(ours),
             lambda reference, ours: Agreement(f"{ours} cases", reference == ours == cases),
         )
+
+
+def write_hippocampus(root: str, cases: int) -> None:
+    """The first cases of the hippocampus task as data set 4 of an empty data root."""
+    task = Path(root) / "Task04_Hippocampus"
+    _first_cases(data_folder("Task04_Hippocampus"), task, cases)
+    convert = [*AUTOSEG, "convert", "msd", str(task), "-d", "4", "--root", root]
+    subprocess.run(convert, check=True, capture_output=True)
 
 
 def _first_cases(task: Path, target: Path, cases: int) -> None:

@@ -10,9 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.measuring import Agreement, Duel, Scale
+import numpy as np
+import SimpleITK
 
-_AUTOSEG = (sys.executable, "-m", "autoseg")
+from benchmarks.commands import AUTOSEG, write_hippocampus
+from benchmarks.measuring import Agreement, Duel, Scale
+from benchmarks.scans import made_up
+from planners.files import write_json
+
 _COMMANDS = {Scale.small: "plan_and_preprocess", Scale.full: "train"}
 """nnU-Net's first takes half as long to start as its second."""
 
@@ -22,7 +27,7 @@ def help(scale: Scale) -> Iterator[Duel]:
     """The help of a command."""
     command = _COMMANDS[scale]
     with TemporaryDirectory() as folder:
-        yield Duel(_run(folder, _nnunet(command), "-h"), _run(folder, *_AUTOSEG, command, "-h"), _both_show_usage)
+        yield Duel(_run(folder, _nnunet(command), "-h"), _run(folder, *AUTOSEG, command, "-h"), _both_show_usage)
 
 
 @contextmanager
@@ -31,9 +36,41 @@ def wrong_argument(scale: Scale) -> Iterator[Duel]:
     command = _COMMANDS[scale]
     arguments = ["999", "3d_fullres", "0"] if command == "train" else ["-d", "999"]
     with TemporaryDirectory() as folder:
-        yield Duel(
-            _run(folder, _nnunet(command), *arguments), _run(folder, *_AUTOSEG, command, "-d", "999"), _both_fail
-        )
+        yield Duel(_run(folder, _nnunet(command), *arguments), _run(folder, *AUTOSEG, command, "-d", "999"), _both_fail)
+
+
+@contextmanager
+def first_step(scale: Scale) -> Iterator[Duel]:
+    """Training from the command to where its first batch enters the network, with the same plan and data, on the CPU.
+
+    nnU-Net's processes that make batches are not counted; where a CPU trains, autoseg makes them in the same process.
+    """
+    with TemporaryDirectory() as folder:
+        if scale is Scale.full:
+            write_hippocampus(folder, 170)
+        else:
+            _write_made_up(Path(folder) / "raw" / "Dataset004_MadeUp", cases=6)
+        plan = [*AUTOSEG, "plan_and_preprocess", "-d", "4", "--root", folder]
+        subprocess.run(plan, check=True, capture_output=True)
+        until = (sys.executable, "-m", "benchmarks.first_step")
+        nnunet = ("nnunet", "4", "3d_fullres", "0", "-p", "autosegPlans_cpu", "-device", "cpu")
+        ours = ("autoseg", "train", "-d", "4", "--device", "cpu", "--overwrite", "--root", folder)
+        yield Duel(_run(folder, *until, *nnunet), _run(folder, *until, *ours), _same_first_batch)
+
+
+def _write_made_up(dataset: Path, cases: int) -> None:
+    for part in ("imagesTr", "labelsTr"):
+        (dataset / part).mkdir(parents=True)
+    for number in range(cases):
+        scan = made_up((40, 36, 44), 2, seed=number)
+        for array, file in (
+            (scan.image, f"imagesTr/case_{number}_0000.nii.gz"),
+            (scan.labels, f"labelsTr/case_{number}.nii.gz"),
+        ):
+            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array.astype(np.int16)), str(dataset / file))
+    labels = {"background": 0, "one": 1, "two": 2}
+    kind = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"}
+    write_json(dataset / "dataset.json", kind)
 
 
 def _nnunet(command: str) -> str:
@@ -42,8 +79,8 @@ def _nnunet(command: str) -> str:
 
 def _run(folder: str, *arguments: str) -> Callable[[], subprocess.CompletedProcess]:
     """A call that runs a command with all data in `folder` and returns the finished process."""
-    variables = ("AUTOSEG_ROOT", "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-    environment = {**os.environ, **dict.fromkeys(variables, folder)}
+    places = {f"nnUNet_{name}": f"{folder}/{name}" for name in ("raw", "preprocessed", "results")}
+    environment = {**os.environ, "AUTOSEG_ROOT": folder, **places}
 
     def run() -> subprocess.CompletedProcess:
         return subprocess.run(arguments, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
@@ -62,3 +99,8 @@ def _both_fail(reference: subprocess.CompletedProcess, ours: subprocess.Complete
         f"exit {reference.returncode} and {ours.returncode}",
         reference.returncode != 0 and ours.returncode == 2 and told,
     )
+
+
+def _same_first_batch(reference: subprocess.CompletedProcess, ours: subprocess.CompletedProcess) -> Agreement:
+    last = [process.stdout.strip().rpartition("\n")[2] for process in (reference, ours)]
+    return Agreement(last[1], last[0] == last[1] and last[1].startswith("first step"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.ndimage import binary_fill_holes
 
 OUTSIDE = -1
 
@@ -26,6 +25,8 @@ def crop_to_nonzero(image: np.ndarray, labels: np.ndarray | None) -> tuple[np.nd
     slices = tuple(slice(*ends) for ends in box)
     inside = nonzero[slices]
     if not inside.all():
+        from scipy.ndimage import binary_fill_holes  # not at the top: see planners.spline
+
         # What is cut off is outside and connected, so holes in the box are the holes of the whole.
         inside = binary_fill_holes(inside)
     image = image[:, slices[0], slices[1], slices[2]]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.ndimage import zoom
 
 _ROWS = 64  # of a block: fewer leave the matrix product too small, more make it dense again
 _NEGLIGIBLE = 1e-7  # the prefilter's tail falls below it some 12 samples outside the support
@@ -29,6 +28,8 @@ class _Block:
 
 @lru_cache(maxsize=64)
 def _blocks(old: int, new: int, order: int, dtype: str) -> tuple[_Block, ...]:
+    from scipy.ndimage import zoom  # takes a quarter of a second, and training needs none of it
+
     unit = np.eye(old)
     matrix = np.stack([zoom(row, new / old, order=order, mode="nearest", grid_mode=True) for row in unit], axis=1)
     blocks = []

@@ -37,6 +37,7 @@ from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.data import SafeDataset, in_processes, label_subset, loader_workers, seed_all
 from trainers.journal import Journal
 from trainers.label_names import class_names
+from trainers.optimisers import SGD, AdamW
 from trainers.patches import PatchLoader, can_load
 from trainers.runs import BEST, FINAL, LATEST, options_of, run_folder_name
 from trainers.settings import KEYS, TrainSettings, learning_rate, resolve, validated
@@ -188,9 +189,9 @@ class AutosegTrainer(nnUNetTrainer):
             groups = _without_decay_of_vectors(groups, self.network)
         decay, optimizer = self.settings.weight_decay, self.settings.optimizer
         made: torch.optim.Optimizer = (
-            torch.optim.AdamW(groups, self.settings.lr, betas=(0.9, self.settings.beta2), weight_decay=decay)
+            AdamW(groups, self.settings.lr, betas=(0.9, self.settings.beta2), weight_decay=decay)
             if optimizer == "adamw"
-            else torch.optim.SGD(groups, self.settings.lr, weight_decay=decay, momentum=0.99, nesterov=True)
+            else SGD(groups, self.settings.lr, weight_decay=decay, momentum=0.99, nesterov=True)
         )
         if self.settings.clip < _NNUNET_CLIP:
             made.register_step_pre_hook(self._shorten_gradient)
