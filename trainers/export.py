@@ -22,7 +22,7 @@ from planners.cells import Cells
 from planners.spline import nearest_index
 from trainers.winners import Classes, Regions, resampled
 
-_SAMPLES_AT_ONCE = 2**20
+_SAMPLES_AT_ONCE = 2**19
 """Samples of the new grid whose labels are made together, and float32 probabilities of all heads."""
 
 

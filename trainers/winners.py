@@ -93,8 +93,9 @@ class Regions:
         """logits: (regions, z, y, x) in the order of painting, of any float type, on the CPU."""
         self._logits = logits.contiguous().view(len(logits), -1)
         labels = np.zeros(logits[0].numel(), _smallest_type(len(logits)))
-        for region, values in enumerate(self._logits, start=1):
-            labels[(values > 0).numpy()] = region
+        for part in _parts(len(labels)):
+            for region, values in enumerate(self._logits[:, part], start=1):
+                np.copyto(labels[part], region, where=(values > 0).numpy())
         self.labels = labels.reshape(logits.shape[1:])
 
     def between(self, corners: np.ndarray, shares: np.ndarray) -> np.ndarray:
