@@ -25,7 +25,9 @@ from torch import Tensor
 
 OUTSIDE = -1
 """Label where there is no scan; the image is 0 there."""
-_VOXELS_AT_ONCE = 1 << 16  # so that everything about them stays in the processor's cache
+_CPU_PART, _GPU_PART = 1 << 16, 1 << 21
+# Voxels turned at once: all about them stays in a processor's cache; a whole patch of 128³, which takes below 1 GB of a GPU's
+# memory even where no corners agree.
 _PRECISION = 1000  # nnU-Net compares scores as float16 of 0 to 1000, which makes near ties to ties
 
 Box = list[tuple[int, int]]
@@ -88,17 +90,18 @@ def turn(
         patch: its size along the axes that are turned; images and labels (C * Z, Y, X) of slices are turned alike.
 
     Returns:
-        image (C, *patch) float32, labels (K, *patch) int16.
+        image (C, *patch) float32, labels (K, *patch) int16, on the device of the voxels.
     """
     size = image.shape[1:]
     strides = [prod(size[axis + 1 :]) for axis in range(len(size))]
     images, marked = image.flatten(1), labels.flatten(1)
     cells = _cells(marked, strides)
-    turned = torch.empty((len(image), prod(patch)), dtype=torch.float32)
-    elected = torch.empty((len(labels), prod(patch)), dtype=torch.int16)
+    turned = torch.empty((len(image), prod(patch)), dtype=torch.float32, device=image.device)
+    elected = torch.empty((len(labels), prod(patch)), dtype=torch.int16, device=image.device)
     row = prod(patch[1:])
-    for first in range(0, patch[0], rows := ceil(_VOXELS_AT_ONCE / row)):
-        positions = _positions(matrix, centre, patch, slice(first, first + rows))
+    at_once = _CPU_PART if image.device.type == "cpu" else _GPU_PART
+    for first in range(0, patch[0], rows := ceil(at_once / row)):
+        positions = _positions(matrix, centre, patch, slice(first, first + rows), image.device)
         index, weights = _corners_below(positions, size, strides)
         part = slice(first * row, first * row + len(index))
         for channel, values in zip(turned, images, strict=True):
@@ -108,9 +111,11 @@ def turn(
     return turned.reshape(-1, *patch), elected.reshape(-1, *patch)
 
 
-def _positions(matrix: np.ndarray, centre: Sequence[float], patch: Sequence[int], rows: slice) -> list[Tensor]:
+def _positions(
+    matrix: np.ndarray, centre: Sequence[float], patch: Sequence[int], rows: slice, device: torch.device
+) -> list[Tensor]:
     """Where the patch's voxels in `rows` of its first axis lie in the box: float32 along each axis, all voxels in one row."""
-    steps = [torch.arange(p, dtype=torch.float64) - (p - 1) / 2 for p in patch]
+    steps = [torch.arange(p, dtype=torch.float64, device=device) - (p - 1) / 2 for p in patch]
     steps[0] = steps[0][rows]
     positions = []
     for factors, middle in zip(matrix, centre, strict=True):
@@ -125,7 +130,7 @@ def _corners_below(
     positions: Sequence[Tensor], size: Sequence[int], strides: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]]:
     """Flat index in the box of the corner below each position, int32, and the share of the corner above along each axis."""
-    index, weights = torch.zeros((), dtype=torch.int32), []
+    index, weights = torch.zeros((), dtype=torch.int32, device=positions[0].device), []
     for position, length, stride in zip(positions, size, strides, strict=True):
         position = position.clamp_(0, length - 2)
         below = position.floor()
