@@ -1,7 +1,7 @@
 """Training patches turned and changed on the device that trains, for a fast GPU with few processor cores beside it.
 
-The loader's processes only draw where a patch lies and read its voxels; nnU-Net's transforms do the rest here. Within a patch
-all is drawn in nnU-Net's order, but a batch is drawn and read whole before its first patch is changed.
+The loader's processes only draw where a patch lies and read its voxels; nnU-Net's transforms do the rest here. Within a
+patch all is drawn in nnU-Net's order, but all patches of a batch are placed before the first is changed.
 """
 
 from __future__ import annotations
@@ -30,17 +30,14 @@ _DRAWN_BY_SHAPE = (
     SimulateLowResolutionTransform,
     GammaTransform,
 )
-"""Transforms that draw without looking at the image's values."""
+"""Transforms that draw without looking at the image's values. Noise is not among them: where it is drawn it is added."""
 
 
 class DeviceAugmentation:
     """Batches as `PatchLoader` gives them, on a device, made of a `BoxLoader`'s."""
 
     def __init__(self, batches: Iterator[dict[str, Any]], loader: BoxLoader, device: torch.device) -> None:
-        """
-        Args:
-            batches: of the loader, from its processes or from itself.
-        """
+        """`batches` are the loader's, from its processes or from itself."""
         self._batches, self._device = batches, device
         self._patch = loader.spatial.patch_size
         self._later = for_device(loader.later, device)

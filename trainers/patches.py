@@ -5,7 +5,7 @@ Everything is drawn by nnU-Net's code in nnU-Net's order: from the same state of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -34,7 +34,7 @@ class Unturned(TypedDict):
 
 
 class BoxLoader(nnUNetDataLoader):
-    """nnU-Net's loader of training batches, for `transforms` that `can_load` accepts: what is read, which `finish` needs."""
+    """nnU-Net's loader of training batches as far as reading, for `transforms` that `can_load` accepts; `finish` does the rest."""
 
     def __init__(self, *args: Any, transforms: ComposeTransforms, **options: Any) -> None:
         super().__init__(*args, transforms=transforms, **options)
@@ -75,9 +75,8 @@ class PatchLoader(BoxLoader):
         """Images (B, C, *patch) float32, labels (B, 1, *patch), or a list of them by resolution, and the cases' names."""
         cases = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1):
-            return batch_of(finish(drawn, self.spatial.patch_size, self.later) for drawn in self.draw(cases)) | {
-                "keys": cases
-            }
+            samples = [finish(drawn, self.spatial.patch_size, self.later) for drawn in self.draw(cases)]
+        return {**batch_of(samples), "keys": cases}
 
 
 def finish(drawn: Unturned, patch: Sequence[int], later: ComposeTransforms) -> dict[str, Any]:
@@ -95,12 +94,12 @@ def finish(drawn: Unturned, patch: Sequence[int], later: ComposeTransforms) -> d
     return later(image=image, segmentation=labels.short())
 
 
-def batch_of(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def batch_of(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """nnU-Net's batch of patches; a list of targets where each has one by resolution."""
-    images, targets = zip(*((sample["image"], sample["segmentation"]) for sample in samples), strict=True)
+    targets = [sample["segmentation"] for sample in samples]
     by_resolution = isinstance(targets[0], list)
     return {
-        "data": torch.stack(images),
+        "data": torch.stack([sample["image"] for sample in samples]),
         "target": [torch.stack(t) for t in zip(*targets, strict=True)] if by_resolution else torch.stack(targets),
     }
 

@@ -27,7 +27,7 @@ OUTSIDE = -1
 """Label where there is no scan; the image is 0 there."""
 _CPU_PART, _GPU_PART = 1 << 16, 1 << 21
 # Voxels turned at once. Of one channel, so that all about them stays in a processor's cache; of all channels, as many as a
-# patch of 128³ has, so that a GPU gets few large tasks: below 1 GB of memory even where no corners agree.
+# patch of 128³ has, so that a GPU gets few large tasks: 0.3 GB of memory with 60 labels, 1.6 GB where no corners agree.
 _PRECISION = 1000  # nnU-Net compares scores as float16 of 0 to 1000, which makes near ties to ties
 
 Box = list[tuple[int, int]]
