@@ -34,7 +34,7 @@ class Unturned(TypedDict):
 
 
 class BoxLoader(nnUNetDataLoader):
-    """nnU-Net's loader of training batches as far as reading, for `transforms` that `can_load` accepts; `finish` does the rest."""
+    """nnU-Net's loader of batches as far as reading, for `transforms` that `can_load` accepts; `finish` does the rest."""
 
     def __init__(self, *args: Any, transforms: ComposeTransforms, **options: Any) -> None:
         super().__init__(*args, transforms=transforms, **options)
