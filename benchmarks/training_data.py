@@ -25,7 +25,7 @@ from benchmarks.scans import Scan, made_up, real_ct
 from planners.class_locations import class_locations
 from trainers.base import AutosegTrainer
 from trainers.data import SafeDataset, seed_all
-from trainers.patches import PatchLoader
+from trainers.patches import BoxLoader, PatchLoader
 
 Batches = list[dict[str, Any]]
 
@@ -72,7 +72,12 @@ def loaders(folder: str, patch: tuple[int, ...], labels: int) -> tuple[nnUNetDat
     )
 
 
-def _loader(kind: type, data: Any, trainer: type, patch: tuple[int, ...], labels: int) -> nnUNetDataLoader:
+def box_loader(folder: str, patch: tuple[int, ...], labels: int) -> BoxLoader:
+    """Our loader of the case in `folder` for augmentation on the training device."""
+    return _loader(BoxLoader, SafeDataset(folder), AutosegTrainer, patch, labels)
+
+
+def _loader(kind: type, data: Any, trainer: type, patch: tuple[int, ...], labels: int) -> Any:
     """As the trainer's `get_dataloaders` makes it: batch 2, a third of the patches with foreground."""
     scales = [[0.5**level] * 3 for level in range(5)]
     augmentation = trainer.get_training_transforms(patch, _ROTATION, scales, (0, 1, 2), False)

@@ -1,8 +1,9 @@
-"""Training iterations a second, and for how much of the time the device waits for patches:
+"""Training iterations a second, and for how much of the time the device waits for patches or augments them itself:
 `python -m benchmarks.training_step [--labels 2 60] [--patch 128] [--workers 8] [--iterations 50] [--device cuda]`.
 
-nnU-Net's loader and ours, each in worker processes as the trainer has them, feed the same residual U-Net in turn: forward, Dice
-and cross-entropy, backward, SGD; float16 on a GPU. Patches come from a made-up body, which costs what a CT of its size costs.
+nnU-Net's loader, ours, and ours for `train.augment_on=device`, each in worker processes as the trainer has them, feed the
+same residual U-Net in turn: forward, Dice and cross-entropy, backward, SGD; float16 on a GPU. Patches come from a made-up
+body, which costs what a CT of its size costs.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from torch import nn
 
 from benchmarks.scans import made_up
-from benchmarks.training_data import loaders, save
+from benchmarks.training_data import box_loader, loaders, save
 from trainers.data import in_processes
+from trainers.device_augmentation import DeviceAugmentation
+from trainers.patches import BoxLoader
 
 _STAGES, _WIDEST = 6, 320
 
@@ -46,20 +51,48 @@ def network(classes: int, features: int) -> nn.Module:
     )
 
 
-def train(batches: Iterator[dict], model: nn.Module, iterations: int, device: torch.device) -> tuple[float, float]:
-    """Iterations a second, and the share of the time spent waiting for a batch; the first three are not counted."""
+class Awaited:
+    """Batches, and for how many seconds they were waited for."""
+
+    def __init__(self, batches: Iterator[dict]) -> None:
+        self._batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Awaited:
+        return self
+
+    def __next__(self) -> dict:
+        asked = time.perf_counter()
+        batch = next(self._batches)
+        self.seconds += time.perf_counter() - asked
+        return batch
+
+
+@dataclass(frozen=True)
+class Speed:
+    iterations_per_second: float
+    waiting: float
+    """Share of the time in which no batch had come from the loader."""
+    augmenting: float
+    """Share of the time in which the device finished batches."""
+
+
+def train(batches: Iterator[dict], loaded: Awaited, model: nn.Module, iterations: int, device: torch.device) -> Speed:
+    """Train on `batches`, which are made of those `loaded`; the first three are not counted."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.99, nesterov=True)
     loss_of = DC_and_CE_loss({"batch_dice": False, "smooth": 1e-5, "do_bg": False}, {})
     gpu = device.type == "cuda"
     scaler = torch.amp.GradScaler(enabled=gpu)
-    waited, started = 0.0, time.perf_counter()
+    handed, started = 0.0, time.perf_counter()
     for iteration in range(-3, iterations):
         if iteration == 0:
-            waited, started = 0.0, time.perf_counter()
+            loaded.seconds, handed, started = 0.0, 0.0, time.perf_counter()
         asked = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - asked
-        image, target = (batch[key].to(device, non_blocking=True) for key in ("data", "target_full"))
+        if gpu:
+            torch.cuda.synchronize()
+        handed += time.perf_counter() - asked
+        image, target = batch["data"], batch["target"][0].clamp_(min=0)
+        image, target = (tensor.to(device, non_blocking=True) for tensor in (image, target))
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.float16, enabled=gpu):
             loss = loss_of(model(image), target)
@@ -67,14 +100,15 @@ def train(batches: Iterator[dict], model: nn.Module, iterations: int, device: to
         scaler.step(optimizer)
         scaler.update()
         if gpu:
-            torch.cuda.synchronize()  # what is waited for afterwards is the loader alone
+            torch.cuda.synchronize()  # what is waited for afterwards are patches alone
     seconds = time.perf_counter() - started
-    return iterations / seconds, waited / seconds
+    return Speed(iterations / seconds, loaded.seconds / seconds, (handed - loaded.seconds) / seconds)
 
 
-def _full_resolution(batches: Iterator[dict]) -> Iterator[dict]:
-    for batch in batches:
-        yield batch | {"target_full": batch["target"][0].clamp_(min=0)}
+def rivals(folder: str, patch: tuple[int, ...], labels: int) -> dict[str, nnUNetDataLoader]:
+    """The loaders that are compared."""
+    theirs, ours = loaders(folder, patch, labels)
+    return {"nnU-Net": theirs, "autoseg": ours, "autoseg, on the device": box_loader(folder, patch, labels)}
 
 
 def main() -> None:
@@ -92,19 +126,24 @@ def main() -> None:
         torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
     )
     print(f"{name}, torch {torch.__version__}, {given.workers} workers, patch {given.patch}³, batch 2")
-    print("| labels | round | loader | iterations/s | waiting for patches |\n|--:|--:|---|--:|--:|")
+    print("| labels | round | loader | iterations/s | waiting for patches | augmenting |\n|--:|--:|---|--:|--:|--:|")
     for labels in given.labels:
         patch = (given.patch,) * 3
         with TemporaryDirectory() as folder:
             save(made_up([2 * n for n in patch], labels), patch, labels, folder)
             model = network(labels + 1, given.features).to(device)
             for number in range(1, given.rounds + 1):
-                for side, loader in zip(("nnU-Net", "autoseg"), loaders(folder, patch, labels), strict=True):
-                    batches = in_processes(loader, given.workers, ahead=max(6, given.workers // 2), pinned=True)
-                    rate, idle = train(_full_resolution(batches), model, given.iterations, device)
-                    print(f"| {labels} | {number} | {side} | {rate:.2f} | {idle:.0%} |", flush=True)
-                    if hasattr(batches, "_finish"):
-                        batches._finish()
+                for side, loader in rivals(folder, patch, labels).items():
+                    source = in_processes(loader, given.workers, ahead=max(6, given.workers // 2), pinned=True)
+                    loaded = Awaited(source)
+                    batches = DeviceAugmentation(loaded, loader, device) if type(loader) is BoxLoader else loaded
+                    speed = train(batches, loaded, model, given.iterations, device)
+                    shares = f"{speed.waiting:.0%} | {speed.augmenting:.0%}"
+                    print(
+                        f"| {labels} | {number} | {side} | {speed.iterations_per_second:.2f} | {shares} |", flush=True
+                    )
+                    if hasattr(source, "_finish"):
+                        source._finish()
 
 
 if __name__ == "__main__":

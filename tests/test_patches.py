@@ -12,7 +12,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from trainers.base import AutosegTrainer
 from trainers.data import seed_all
-from trainers.patches import PatchLoader, can_load
+from trainers.patches import PatchLoader, can_load, finish
 from trainers.spatial import draw_pose, turn
 
 SHAPE = (19, 45, 37)
@@ -124,9 +124,8 @@ def test_labels_of_types_without_a_sign_are_nnunets():
 
 def test_outside_the_scan_the_image_is_zero_and_labels_are_minus_one():
     made = loader("isotropic", PatchLoader, Cases(), p=1, scaling=(2.5, 2.5))
-    made._later = lambda **sample: sample
     seed_all(0)
-    sample = made._sample("a", False)
+    sample = finish(made.read("a", False), PATCHES["isotropic"], lambda **sample: sample)
     outside = (sample["image"] == 0).all(0)
     assert 0.2 < outside.float().mean() < 0.9
     assert (sample["segmentation"][0][outside] == -1).all()

@@ -35,10 +35,11 @@ from pretrain.networks.registry import build_network, has_deep_supervision
 from pretrain.transfer import TransferReport
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.data import SafeDataset, in_processes, label_subset, loader_workers, seed_all
+from trainers.device_augmentation import DeviceAugmentation
 from trainers.journal import Journal
 from trainers.label_names import class_names
 from trainers.optimisers import SGD, AdamW
-from trainers.patches import PatchLoader, can_load
+from trainers.patches import BoxLoader, PatchLoader, can_load
 from trainers.runs import BEST, FINAL, LATEST, options_of, run_folder_name
 from trainers.settings import KEYS, TrainSettings, learning_rate, resolve, validated
 
@@ -228,7 +229,9 @@ class AutosegTrainer(nnUNetTrainer):
             patch, rotation, scales, axes, dummy_2d, use_mask_for_norm=masked, **kinds
         )
         learning, held_out = self.get_tr_and_val_datasets()
-        loader = PatchLoader if can_load(augmentation) and not self.is_cascaded else nnUNetDataLoader
+        covered = can_load(augmentation) and not self.is_cascaded
+        on_device = self.settings.augment_on == "device" and self._can_augment(covered)
+        loader = (BoxLoader if on_device else PatchLoader) if covered else nnUNetDataLoader
         sampling = {
             "oversample_foreground_percent": self.oversample_foreground_percent,
             "probabilistic_oversampling": self.probabilistic_oversampling,
@@ -242,10 +245,22 @@ class AutosegTrainer(nnUNetTrainer):
         )
         workers, pinned = loader_workers(self.device.type), self.device.type == "cuda"
         # nnU-Net's numbers of processes and of batches kept ready.
+        batches = in_processes(train, workers, ahead=max(6, workers // 2), pinned=pinned)
         return (
-            in_processes(train, workers, ahead=max(6, workers // 2), pinned=pinned),
+            DeviceAugmentation(batches, train, self.device) if on_device else batches,
             in_processes(validation, min(workers, max(1, workers // 2)), ahead=max(3, workers // 4), pinned=pinned),
         )
+
+    def _can_augment(self, covered: bool) -> bool:
+        """Whether the device can do it; `covered` is whether our loaders can. Said, because it was asked for."""
+        can = covered and self.device.type != "mps"  # which has no float64, in which positions are computed
+        self.say(
+            f"Patches are augmented on {self.device}"
+            if can
+            else "Patches are augmented on the CPU: train.augment_on=device is neither for a cascade, nor for other rotations "
+            "and scalings than nnU-Net's, nor for an Apple GPU"
+        )
+        return can
 
     def plot_network_architecture(self) -> None:
         """Not drawn: the tool nnU-Net uses for it is not maintained."""
@@ -310,7 +325,7 @@ class AutosegTrainer(nnUNetTrainer):
             start = time.monotonic()
             # Every batch has its own seed, so that an interrupted run continues with the batches it would have seen.
             # That holds in one process; several loader processes draw in the order they happen to work.
-            seed_all(self.settings.seed, self.fold, self.current_epoch, "train", self.iteration)
+            seed_all(self.settings.seed, self.fold, self.current_epoch, "train", self.iteration, *self._rank)
             loss = float(self.train_step(next(self.dataloader_train))["loss"])
             if not np.isfinite(loss):
                 raise SettingsError(
@@ -327,6 +342,11 @@ class AutosegTrainer(nnUNetTrainer):
             if received():
                 return False
         return True
+
+    @property
+    def _rank(self) -> tuple[int, ...]:
+        """What tells the seeds of processes that train together apart; nothing in a single process."""
+        return (self.local_rank,) if self.is_ddp else ()
 
     def _end_epoch(self, received: Callable[[], int]) -> bool:
         """Online validation, logs and checkpoints; False when a signal asked to stop before the epoch was whole."""

@@ -5,8 +5,8 @@ Everything is drawn by nnU-Net's code in nnU-Net's order: from the same state of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -20,50 +20,92 @@ from torch import Tensor
 from trainers.spatial import OUTSIDE, Box, draw_pose, is_covered, turn
 
 
-class PatchLoader(nnUNetDataLoader):
-    """nnU-Net's loader of training batches, for `transforms` that `can_load` accepts."""
+class Unturned(TypedDict):
+    """The voxels a patch is made of and how it lies among them; plain, so that processes can send it and pin it."""
+
+    image: Tensor
+    """(C, *box) as stored."""
+    labels: Tensor
+    """(K, *box) as stored, or int16 where their type has no sign."""
+    matrix: np.ndarray | None
+    """Of the pose; None: the box is the patch."""
+    centre: list[float]
+    """Of the patch, in voxels from the middle of the box's first voxel."""
+
+
+class BoxLoader(nnUNetDataLoader):
+    """nnU-Net's loader of batches as far as reading, for `transforms` that `can_load` accepts; `finish` does the rest."""
 
     def __init__(self, *args: Any, transforms: ComposeTransforms, **options: Any) -> None:
         super().__init__(*args, transforms=transforms, **options)
-        self._spatial, later = _parts(transforms.transforms)
-        self._later = ComposeTransforms(later)
+        self.spatial, later = _parts(transforms.transforms)
+        self.later = ComposeTransforms(later)
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """The patches as they are drawn and the cases' names."""
+        cases = self.get_indices()
+        with threadpool_limits(limits=1):
+            return {"unturned": list(self.draw(cases)), "keys": cases}
+
+    def draw(self, cases: Sequence[str]) -> Iterator[Unturned]:
+        """A patch of each case: drawn and read when it is asked for."""
+        for place, case in enumerate(cases):
+            yield self.read(case, self.get_do_oversample(place))
+
+    def read(self, case: str, with_foreground: bool) -> Unturned:
+        """A patch of a case, drawn, and the voxels it needs."""
+        image, labels, _, properties = self._data.load_case(case)
+        start, end = self.get_bbox(image.shape[1:], with_foreground, properties["class_locations"])
+        patch = self.spatial.patch_size
+        pose = draw_pose(self.spatial, self.patch_size[-len(patch) :])
+        # Boxes count from the start of the window. An axis that is not turned is as long in the patch as in the window.
+        valid = [(max(-s, 0), min(e, n) - s) for s, e, n in zip(start, end, image.shape[1:], strict=True)]
+        box = [(0, n) for n in self.patch_size[: -len(patch)]] + pose.box(patch, valid[-len(patch) :])
+        voxels, marks = _read(image, start, box, valid, 0), _read(labels, start, box, valid, OUTSIDE)
+        if self.patch_size_was_2d:
+            voxels, marks = voxels[:, 0], marks[:, 0]
+        centre = [c - 0.5 - first for c, (first, _) in zip(pose.centre, box[-len(patch) :], strict=True)]
+        return Unturned(image=voxels, labels=marks, matrix=pose.matrix, centre=centre)
+
+
+class PatchLoader(BoxLoader):
+    """nnU-Net's loader of training batches, for `transforms` that `can_load` accepts."""
 
     def generate_train_batch(self) -> dict[str, Any]:
         """Images (B, C, *patch) float32, labels (B, 1, *patch), or a list of them by resolution, and the cases' names."""
         cases = self.get_indices()
         with torch.no_grad(), threadpool_limits(limits=1):
-            samples = [self._sample(case, self.get_do_oversample(place)) for place, case in enumerate(cases)]
-        targets = [sample["segmentation"] for sample in samples]
-        by_resolution = isinstance(targets[0], list)
-        return {
-            "data": torch.stack([sample["image"] for sample in samples]),
-            "target": [torch.stack(t) for t in zip(*targets, strict=True)] if by_resolution else torch.stack(targets),
-            "keys": cases,
-        }
+            samples = [finish(drawn, self.spatial.patch_size, self.later) for drawn in self.draw(cases)]
+        return {**batch_of(samples), "keys": cases}
 
-    def _sample(self, case: str, with_foreground: bool) -> dict[str, Any]:
-        image, labels, _, properties = self._data.load_case(case)
-        start, end = self.get_bbox(image.shape[1:], with_foreground, properties["class_locations"])
-        patch = self._spatial.patch_size
-        pose = draw_pose(self._spatial, self.patch_size[-len(patch) :])
-        # Boxes count from the start of the window. An axis that is not turned is as long in the patch as in the window.
-        valid = [(max(-s, 0), min(e, n) - s) for s, e, n in zip(start, end, image.shape[1:], strict=True)]
-        box = [(0, n) for n in self.patch_size[: -len(patch)]] + pose.box(patch, valid[-len(patch) :])
-        voxels = _read(image, start, box, valid, 0).float()
-        marks = _read(labels, start, box, valid, OUTSIDE)
-        if pose.matrix is not None:
-            centre = [c - 0.5 - first for c, (first, _) in zip(pose.centre, box[-len(patch) :], strict=True)]
-            unturned = voxels.shape[1 : -len(patch)]
-            kinds = len(voxels), len(marks)
-            turned = turn(_as_channels(voxels, patch), _as_channels(marks, patch), pose.matrix, centre, patch)
-            voxels, marks = (t.reshape(n, *unturned, *patch) for t, n in zip(turned, kinds, strict=True))
-        if self.patch_size_was_2d:
-            voxels, marks = voxels[:, 0], marks[:, 0]
-        return self._later(image=voxels, segmentation=marks.short())
+
+def finish(drawn: Unturned, patch: Sequence[int], later: ComposeTransforms) -> dict[str, Any]:
+    """image (C, *patch) float32 and segmentation (K, *patch) int16: turned, then changed by the transforms that come `later`.
+
+    Args:
+        patch: its size along the axes that are turned.
+    """
+    image, labels = drawn["image"].float(), drawn["labels"]
+    if drawn["matrix"] is not None:
+        unturned = image.shape[1 : -len(patch)]
+        channels = _as_channels(image, patch), _as_channels(labels, patch)
+        turned = turn(*channels, drawn["matrix"], drawn["centre"], patch)
+        image, labels = (t.reshape(-1, *unturned, *patch) for t in turned)
+    return later(image=image, segmentation=labels.short())
+
+
+def batch_of(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """nnU-Net's batch of patches; a list of targets where each has one by resolution."""
+    targets = [sample["segmentation"] for sample in samples]
+    by_resolution = isinstance(targets[0], list)
+    return {
+        "data": torch.stack([sample["image"] for sample in samples]),
+        "target": [torch.stack(t) for t in zip(*targets, strict=True)] if by_resolution else torch.stack(targets),
+    }
 
 
 def can_load(transforms: BasicTransform) -> bool:
-    """Whether `PatchLoader` gives what nnU-Net's loader gives with these transforms."""
+    """Whether `BoxLoader` and `PatchLoader` give what nnU-Net's loader gives with these transforms."""
     return isinstance(transforms, ComposeTransforms) and is_covered(_parts(transforms.transforms)[0])
 
 

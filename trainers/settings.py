@@ -61,6 +61,9 @@ class TrainSettings:
     label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the fold's training cases that is used, at least one; chosen by the seed, and a smaller share is a part of a
     larger one. The validation cases are all used."""
+    augment_on: Literal["cpu", "device"] = "cpu"
+    """Where training patches are turned and changed: `cpu`, in processes beside the training, as nnU-Net does, or `device`,
+    where the network trains, so that the processes only read: for a GPU that waits for them."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 12345
     """Seed of the new weights, of the choice of cases and, on a CPU, of every batch."""
 
