@@ -90,14 +90,15 @@ def _readme(given: argparse.Namespace) -> int:
 
 
 def _gpu(given: argparse.Namespace) -> int:
-    from benchmarks.table import write_page
+    from benchmarks.table import HERE, write_page
 
     page, worst = "# On a GPU\n", 0
     for name, *arguments in _ON_A_DEVICE:
         command = ["-m", f"benchmarks.{name}", *arguments, "--device", given.device]
         # Each in a process of its own, so that none finds memory taken; what is finished is kept if a later one fails.
-        done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, encoding="utf-8")
-        page += f"\n## `python {' '.join(command)}`\n\n{done.stdout or 'Failed.'}"
+        done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, encoding="utf-8", cwd=HERE.parent)
+        page += f"\n## `python {' '.join(command)}`\n\n{done.stdout}"
+        page += "Failed.\n" if done.returncode else ""
         worst = max(worst, abs(done.returncode))
         print(f"Wrote {write_page('gpu', page)}", flush=True)
     return worst

@@ -57,12 +57,13 @@ def compare(model: Model, root: Path, *, voxels: int, count: int, rounds: int) -
                 f"| {cost.cpu_s / count:.2f} | {cost.peak_bytes / 1e9:.2f} |",
                 flush=True,
             )
-    print(f"\nnnU-Net over autoseg, medians: {_ratios(*found.values())}.")
+    print(f"\nnnU-Net over autoseg, medians: {ratios(*found.values())}.")
     apart = [np.mean(read_mask(a) != read_mask(b)) for a, b in zip(*masks.values(), strict=True)]
     print(f"{np.mean(apart):.1e} of voxels differ.")
 
 
-def _ratios(theirs: list[Prediction], ours: list[Prediction]) -> str:
+def ratios(theirs: list[Prediction], ours: list[Prediction]) -> str:
+    """Each cost of theirs over that of ours, of the medians."""
     values = {
         "wall": lambda p: p.cost.wall_s,
         "wall without the network": lambda p: p.cost.wall_s - p.network_s,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.devices import device_text, measure_on
 from benchmarks.made_up_dataset import as_many, make_dataset
-from benchmarks.measuring import measure
+from benchmarks.measuring import Cost, measure
 from planners.configurations import ensure_configuration
 from planners.dataset import Dataset
 from planners.device import choose_device
@@ -109,18 +110,15 @@ def method_of(
 def measured(
     name: str, method: PretrainMethod, spec: Any, pool: Pool, steps: int, device: torch.device
 ) -> Iterator[Row]:
-    """Each stage of a method: samples made once, and then `steps` steps after a few that are not counted."""
+    """The stages of a method, one after the other: `steps` steps each, after a few that are not counted."""
     fabric = build_fabric(device)
     fabric.to_device(method)
     learnable = [p for p in method.parameters() if p.requires_grad]
+    different = min(steps, _DIFFERENT)
     for stage in method.stages():
-        different = min(steps, _DIFFERENT)
         batches, making_s = _make(method, spec, pool, stage, different)
         prepare_stage(method, stage, learnable)
-        step = _stepper(fabric, method, stage, batches, different + steps)
-        for number in range(different):
-            step(number)
-        _, cost = measure_on(device, lambda: [step(number) for number in range(different, different + steps)])  # noqa: B023
+        cost = _cost_of_steps(stepper(fabric, method, stage, batches, different + steps), different, steps, device)
         yield Row(
             name,
             stage.name,
@@ -129,6 +127,17 @@ def measured(
             step_s=(cost.wall_s if device.type == "cuda" else cost.cpu_s) / steps,
             peak_bytes=cost.peak_bytes,
         )
+
+
+def _cost_of_steps(step: Callable[[int], None], uncounted: int, steps: int, device: torch.device) -> Cost:
+    for number in range(uncounted):
+        step(number)
+
+    def counted() -> None:
+        for number in range(uncounted, uncounted + steps):
+            step(number)
+
+    return measure_on(device, counted)[1]
 
 
 def _make(method: PretrainMethod, spec: Any, pool: Pool, stage: Stage, steps: int) -> tuple[list[Batch], float]:
@@ -145,10 +154,10 @@ def _make(method: PretrainMethod, spec: Any, pool: Pool, stage: Stage, steps: in
     return made, cost.cpu_s
 
 
-def _stepper(
+def stepper(
     fabric: Fabric, method: PretrainMethod, stage: Stage, batches: list[Batch], total: int
 ) -> Callable[[int], None]:
-    """A function that makes one of `total` steps of a stage."""
+    """A function that makes one of `total` steps of a stage, with the batches in turn."""
     optimizer: Any = fabric.setup_optimizers(build_optimizer(stage, method.parameter_groups(stage)))
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     parts = [list(method.get_submodule(part).parameters()) for part in stage.clip_apart] or [learning]
@@ -190,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.steps < 1:
         parser.error("--steps needs at least 1")
+    logging.getLogger("autoseg").setLevel(logging.ERROR)  # advice about the scans, which are made up
     names = METHODS if given.method == "all" else [given.method]
     try:
         device = choose_device(given.device)
