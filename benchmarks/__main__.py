@@ -91,7 +91,14 @@ def _readme(given: argparse.Namespace) -> int:
 
 def _gpu(given: argparse.Namespace) -> int:
     from benchmarks.table import HERE, write_page
+    from planners.device import choose_device
+    from planners.errors import SettingsError
 
+    try:
+        choose_device(given.device)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
     page, worst = "# On a GPU\n", 0
     for name, *arguments in _ON_A_DEVICE:
         command = ["-m", f"benchmarks.{name}", *arguments, "--device", given.device]

@@ -295,3 +295,9 @@ def test_what_is_finished_is_written_though_a_later_script_fails(tmp_path, monke
     assert benchmarks_command(["gpu", "--device", "cpu"]) == 1
     (page,) = tmp_path.glob("*_gpu.md")
     assert "Seconds a case" in page.read_text() and page.read_text().endswith("Failed.\n")
+
+
+def test_nothing_is_written_where_the_device_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    assert benchmarks_command(["gpu", "--device", "abacus"]) == 2
+    assert not list(tmp_path.iterdir())
