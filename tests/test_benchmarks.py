@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks import prediction_step, pretrain_step, table
 from benchmarks.__main__ import main as benchmarks_command
 from benchmarks.catalog import Benchmark
-from benchmarks.devices import Stopwatch
+from benchmarks.devices import Stopwatch, measure_on
 from benchmarks.made_up_dataset import as_many, make_dataset
 from benchmarks.measuring import Agreement, Cost, Duel, Outcome, Scale, compare, measure
 from benchmarks.scans import made_up, merge_labels
@@ -167,6 +167,15 @@ def test_every_stage_of_a_method_is_measured_with_batches_as_large_as_asked_for(
     assert all(row.samples == 2 and row.making_s > 0 and row.step_s > 0 for row in rows)
 
 
+def test_the_command_prints_a_row_for_each_stage(made_up_scans, monkeypatch, capsys):
+    root, dataset = made_up_scans
+    paths.configure(root)
+    monkeypatch.setattr(pretrain_step, "make_dataset", lambda folder: dataset)
+    pretrain_step.main(["pumit", "--preset", "cpu", "--batch", "3", "--steps", "1", "--device", "cpu"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| pumit ")]
+    assert [row[1:3] for row in rows] == [["tokenizer", "3"], ["mim", "3"]]
+
+
 class Counting(Stub):
     """Learns one number by the mean of what the batches hold."""
 
@@ -246,6 +255,50 @@ def test_the_costly_network_runs_and_hardly_changes_the_toys_answer():
         answer = both(image)
     torch.testing.assert_close(answer, toy + 1e-3 * costly(image))
     assert (answer.argmax(1) == toy.argmax(1)).float().mean() > 0.99
+
+
+GPU = torch.device("cuda")
+
+
+class Event:
+    """Stands in for one of a GPU that needs a second from each event to the next."""
+
+    made = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: str) -> None:
+        assert stream == "of the device"
+        Event.made += 1
+        self.number = Event.made
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1000.0 * (later.number - self.number)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """What is asked of a GPU here, answered without one: it is done 0.1 s after it is waited for."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(0.1))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "of the device")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+
+def test_a_call_on_a_gpu_is_over_when_the_gpu_is_and_has_its_memory(pretended_gpu):
+    output, cost = measure_on(GPU, lambda: "made")
+    assert output == "made" and cost.peak_bytes == 7
+    assert 0.1 <= cost.wall_s < 0.19
+
+
+def test_a_stopwatch_reads_the_clock_of_the_gpu(pretended_gpu):
+    network = nn.Identity()
+    watch = Stopwatch(network, GPU)
+    network(0)
+    network(0)
+    assert watch.taken() == 2
 
 
 class Sleepy(nn.Module):
