@@ -2,9 +2,10 @@
 `python -m benchmarks.pretrain_step METHOD|all [--preset default|cpu] [--size SIZE] [--batch N] [--steps N] [--device cuda]`.
 
 Scans of a made-up body are planned and preprocessed, batches cut and a network built as `autoseg pretrain` does it; --preset is
-its, and takes the plan that goes with it: the default one for a GPU, whatever the device here. A step is all that the loop does
-for one update: batches to the device, forward, backward, clipping, optimiser, moving averages, what the method does after it;
-no saving, no measuring on held-out scans. Precision is that of pretraining: bfloat16 on a GPU that has it, float32 on a CPU.
+its, and takes the plan that goes with it: the default one for a GPU, whatever the device here. A step is what the loop does for
+one update: batches to the device, forward, backward, clipping, optimiser, moving averages, what the method does after it; its
+log, its search for losses that are not finite, saving and held-out scans are left out. Precision is that of pretraining:
+bfloat16 on a GPU that has it, float32 on a CPU.
 
 Making samples is measured in one process, in CPU seconds. A step takes seconds of a GPU, or CPU seconds of all threads of a
 CPU. The quotient of both is the number of loading cores that keep the device busy. On a CPU the memory is what the process
