@@ -1,13 +1,16 @@
-"""`python -m benchmarks run|list|plot|readme`: what autoseg costs beside nnU-Net v2 and others."""
+"""`python -m benchmarks run|list|plot|readme|gpu`: what autoseg costs beside nnU-Net v2 and others."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 
 # Before numpy and torch are imported: threads that wait for each other count as CPU time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_ON_A_DEVICE = (["training_step"], ["pretrain_step", "all"], ["prediction_step"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("names", nargs="*", metavar="NAME", help="of voxels, labels, cases; default: all")
     plot.set_defaults(command=_plot)
     commands.add_parser("readme", help="put the newest results into benchmarks/README.md").set_defaults(command=_readme)
+    gpu = commands.add_parser("gpu", help="training, pretraining and prediction on a GPU: hours on a CPU")
+    gpu.add_argument("--device", default="cuda")
+    gpu.set_defaults(command=_gpu)
     return parser
 
 
@@ -81,6 +87,28 @@ def _readme(given: argparse.Namespace) -> int:
 
     print(f"Wrote {update_readme().name} into {README}")
     return 0
+
+
+def _gpu(given: argparse.Namespace) -> int:
+    from benchmarks.table import HERE, write_page
+    from planners.device import choose_device
+    from planners.errors import SettingsError
+
+    try:
+        choose_device(given.device)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    page, worst = "# On a GPU\n", 0
+    for name, *arguments in _ON_A_DEVICE:
+        command = ["-m", f"benchmarks.{name}", *arguments, "--device", given.device]
+        # Each in a process of its own, so that none finds memory taken; what is finished is kept if a later one fails.
+        done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, encoding="utf-8", cwd=HERE.parent)
+        page += f"\n## `python {' '.join(command)}`\n\n{done.stdout}"
+        page += "Failed.\n" if done.returncode else ""
+        worst = max(worst, abs(done.returncode))
+        print(f"Wrote {write_page('gpu', page)}", flush=True)
+    return worst
 
 
 if __name__ == "__main__":

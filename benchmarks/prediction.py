@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,10 +14,11 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from torch import nn
 
 from benchmarks.measuring import Agreement, Duel, Scale
-from benchmarks.scans import made_up, real_ct
-from benchmarks.toy_model import CONFIGURATION, load_toy_model, toy_plan
+from benchmarks.scans import Scan, made_up, real_ct, write_image
+from benchmarks.toy_model import CONFIGURATION, ToyNetwork, load_model, toy_plan
 from planners.dataset import Case
 from planners.quiet import nnunet_quiet
 from trainers.predict_cases import predict_cases
@@ -26,36 +28,51 @@ _CLASSES = 14
 _CPU = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Model:
+    """What both sides predict with, and how."""
+
+    plan: dict
+    network: nn.Module
+    classes: int
+    device: torch.device = _CPU
+    mirroring: bool = False
+
+
 @contextmanager
 def folder(scale: Scale) -> Iterator[Duel]:
     """Two CT scans of 21.5 million voxels, 14 classes, no mirroring; nnU-Net has its default of three and three workers."""
     full = scale is Scale.full
     scan = real_ct(1.2) if full else made_up((40, 60, 50), 8, (1.2,) * 3)
-    plan = toy_plan(1.5, (128,) * 3 if full else (24, 32, 32))
+    model = Model(toy_plan(1.5, (128,) * 3 if full else (24, 32, 32)), ToyNetwork(_CLASSES), _CLASSES)
     with TemporaryDirectory() as name:
         root = Path(name)
-        cases = [_write(scan.image, scan.spacing, shift, root) for shift in range(2)]
+        cases = write_cases(scan, 2, root)
         yield Duel(
-            _nnunet(plan, cases, root / "nnunet"),
-            _ours(plan, cases, root / "autoseg"),
-            lambda theirs, ours: _agreement(plan, cases[0], theirs[0], ours[0]),
+            by_nnunet(model, cases, root / "nnunet"),
+            by_autoseg(model, cases, root / "autoseg"),
+            lambda theirs, ours: _agreement(model, cases[0], theirs[0], ours[0]),
         )
 
 
-def _write(image: np.ndarray, spacing: tuple[float, ...], shift: int, root: Path) -> Case:
-    picture = SimpleITK.GetImageFromArray(np.roll(image, 3 * shift, axis=1).astype(np.int16))
-    picture.SetSpacing([float(s) for s in reversed(spacing)])
-    file = root / f"case_{shift}_0000.nii.gz"
-    SimpleITK.WriteImage(picture, str(file))
-    return Case(f"case_{shift}", (file,))
+def write_cases(scan: Scan, count: int, root: Path) -> list[Case]:
+    """A CT as `count` files, each moved by a few voxels."""
+    cases = []
+    for number in range(count):
+        case = Case(f"case_{number}", (root / f"case_{number}_0000.nii.gz",))
+        write_image(np.roll(scan.image, 3 * number, axis=1).astype(np.int16), scan.spacing, case.images[0])
+        cases.append(case)
+    return cases
 
 
-def _nnunet(plan: dict, cases: list[Case], output: Path) -> Callable[[], list[Path]]:
+def by_nnunet(model: Model, cases: list[Case], output: Path) -> Callable[[], list[Path]]:
+    """Predicts the cases as `nnUNetv2_predict` does; returns the masks' files."""
+
     def run() -> list[Path]:
         output.mkdir(exist_ok=True)
         with nnunet_quiet():
-            predictor = nnUNetPredictor(use_mirroring=False, device=_CPU, allow_tqdm=False)
-            load_toy_model(predictor, plan, _CLASSES)
+            predictor = nnUNetPredictor(use_mirroring=model.mirroring, device=model.device, allow_tqdm=False)
+            load_model(predictor, model.plan, model.network, model.classes)
             files, masks = [[str(case.images[0])] for case in cases], [str(output / case.name) for case in cases]
             predictor.predict_from_files(
                 files, masks, num_processes_preprocessing=3, num_processes_segmentation_export=3
@@ -65,34 +82,38 @@ def _nnunet(plan: dict, cases: list[Case], output: Path) -> Callable[[], list[Pa
     return run
 
 
-def _ours(plan: dict, cases: list[Case], output: Path) -> Callable[[], list[Path]]:
+def by_autoseg(model: Model, cases: list[Case], output: Path) -> Callable[[], list[Path]]:
+    """Predicts the cases as `autoseg predict` does; returns the masks' files."""
+
     def run() -> list[Path]:
         masks = [output / f"{case.name}.nii.gz" for case in cases]
-        assert list(predict_cases(_our_predictor(plan), list(zip(cases, masks, strict=True)))) == [None] * len(cases)
+        predictor = AutosegPredictor(model.device, mirroring=model.mirroring)
+        load_model(predictor, model.plan, model.network, model.classes)
+        predictor.configuration_name = CONFIGURATION
+        problems = list(predict_cases(predictor, list(zip(cases, masks, strict=True))))
+        assert problems == [None] * len(cases), problems
         return masks
 
     return run
 
 
-def _our_predictor(plan: dict) -> AutosegPredictor:
-    predictor = AutosegPredictor(_CPU, mirroring=False)
-    load_toy_model(predictor, plan, _CLASSES)
-    predictor.configuration_name = CONFIGURATION
-    return predictor
-
-
-def _agreement(plan: dict, case: Case, theirs: Path, ours: Path) -> Agreement:
+def _agreement(model: Model, case: Case, theirs: Path, ours: Path) -> Agreement:
     """Both beside nnU-Net's own computation in single precision, of which each rounds another part."""
-    exact = _in_single_precision(plan, case)
-    apart = [float((exact != SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(f)))).mean()) for f in (theirs, ours)]
+    exact = _in_single_precision(model, case)
+    apart = [float((exact != read_mask(file)).mean()) for file in (theirs, ours)]
     return Agreement(f"{apart[1]:.1e} of voxels differ from float32, of nnU-Net's {apart[0]:.1e}", apart[1] <= apart[0])
 
 
+def read_mask(file: Path) -> np.ndarray:
+    """Labels (z, y, x)."""
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file)))
+
+
 @torch.inference_mode()
-def _in_single_precision(plan: dict, case: Case) -> np.ndarray:
+def _in_single_precision(model: Model, case: Case) -> np.ndarray:
     """Mask (z, y, x) of a case by nnU-Net's steps, with float32 in place of its float16."""
     predictor = nnUNetPredictor(use_mirroring=False, device=_CPU, allow_tqdm=False)
-    load_toy_model(predictor, plan, _CLASSES)
+    load_model(predictor, model.plan, model.network, model.classes)
     settings, manager = predictor.configuration_manager, predictor.plans_manager
     with nnunet_quiet():
         image, _, properties = settings.preprocessor_class(verbose=False).run_case(
@@ -100,7 +121,7 @@ def _in_single_precision(plan: dict, case: Case) -> np.ndarray:
         )
     data, patch = torch.from_numpy(image), tuple(settings.patch_size)
     weights = compute_gaussian(patch, 1 / 8, 10, torch.float32, _CPU)
-    total, weight_sum = torch.zeros((_CLASSES, *data.shape[1:])), torch.zeros(data.shape[1:])
+    total, weight_sum = torch.zeros((model.classes, *data.shape[1:])), torch.zeros(data.shape[1:])
     for window in predictor._internal_get_sliding_window_slicers(data.shape[1:]):
         total[window] += predictor.network(data[window][None])[0] * weights
         weight_sum[window[1:]] += weights

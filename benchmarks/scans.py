@@ -73,6 +73,14 @@ def made_up(shape: Sequence[int], labels: int = 3, spacing: Sequence[float] = (1
     return Scan(image.astype(np.float32), organ, tuple(float(s) for s in spacing))
 
 
+def write_image(array: np.ndarray, spacing: Sequence[float], file: Path) -> None:
+    """Write voxels (z, y, x) with their spacing in mm, (z, y, x); compressed if the file's ending says so."""
+    image = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing([float(s) for s in reversed(spacing)])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(image, str(file))
+
+
 def merge_labels(structures: np.ndarray, labels: int) -> np.ndarray:
     """Number the structures that are there from 1 on, and merge them in turn into at most `labels` of them."""
     present = np.unique(structures)

@@ -10,13 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-import SimpleITK
-
 from benchmarks.commands import AUTOSEG, write_hippocampus
+from benchmarks.made_up_dataset import write_raw
 from benchmarks.measuring import Agreement, Duel, Scale
-from benchmarks.scans import made_up
-from planners.files import write_json
 
 _COMMANDS = {Scale.small: "plan_and_preprocess", Scale.full: "train"}
 """nnU-Net's first takes half as long to start as its second."""
@@ -49,28 +45,13 @@ def first_step(scale: Scale) -> Iterator[Duel]:
         if scale is Scale.full:
             write_hippocampus(folder, 170)
         else:
-            _write_made_up(Path(folder) / "raw" / "Dataset004_MadeUp", cases=6)
+            write_raw(Path(folder) / "raw" / "Dataset004_MadeUp", 6, 2, (40, 36, 44))
         plan = [*AUTOSEG, "plan_and_preprocess", "-d", "4", "--root", folder]
         subprocess.run(plan, check=True, capture_output=True)
         until = (sys.executable, "-m", "benchmarks.first_step")
         nnunet = ("nnunet", "4", "3d_fullres", "0", "-p", "autosegPlans_cpu", "-device", "cpu")
         ours = ("autoseg", "train", "-d", "4", "--device", "cpu", "--overwrite", "--root", folder)
         yield Duel(_run(folder, *until, *nnunet), _run(folder, *until, *ours), _same_first_batch)
-
-
-def _write_made_up(dataset: Path, cases: int) -> None:
-    for part in ("imagesTr", "labelsTr"):
-        (dataset / part).mkdir(parents=True)
-    for number in range(cases):
-        scan = made_up((40, 36, 44), 2, seed=number)
-        for array, file in (
-            (scan.image, f"imagesTr/case_{number}_0000.nii.gz"),
-            (scan.labels, f"labelsTr/case_{number}.nii.gz"),
-        ):
-            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array.astype(np.int16)), str(dataset / file))
-    labels = {"background": 0, "one": 1, "two": 2}
-    kind = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"}
-    write_json(dataset / "dataset.json", kind)
 
 
 def _nnunet(command: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from torch import nn
 
+from benchmarks.devices import device_text
 from benchmarks.scans import made_up
 from benchmarks.training_data import box_loader, loaders, save
 from trainers.data import in_processes
@@ -122,10 +122,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     device = torch.device(given.device)
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    )
-    print(f"{name}, torch {torch.__version__}, {given.workers} workers, patch {given.patch}³, batch 2")
+    print(f"{device_text(device)}; {given.workers} workers, patch {given.patch}³, batch 2\n")
     print("| labels | round | loader | iterations/s | waiting for patches | augmenting |\n|--:|--:|---|--:|--:|--:|")
     for labels in given.labels:
         patch = (given.patch,) * 3

@@ -122,7 +122,7 @@ def pretrain(
     folder = encoder_folder(
         name, plan_content["plans_name"], configuration, method, None if run is None else check_run_name(run)
     )
-    fabric = _fabric(torch_device)
+    fabric = build_fabric(torch_device)
     given = {
         "preset": preset,
         "seed": seed,
@@ -353,7 +353,7 @@ def check_needs(method: str, dims: Sequence[int], networks: Sequence[str], targe
         )
 
 
-def _fabric(device: torch.device) -> Fabric:
+def build_fabric(device: torch.device) -> Fabric:
     """A Fabric for this process: alone, or one of those that torchrun or srun started."""
     local, nodes = 1, 1
     if TorchElasticEnvironment.detect():
