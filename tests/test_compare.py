@@ -266,6 +266,19 @@ def test_other_settings_need_another_name(stand_ins):
     assert (paths.results(DATASET) / "comparison-longer" / "results.csv").is_file()
 
 
+def test_a_setting_that_was_not_there_before_counts_as_its_default(stand_ins):
+    kept = run_tiny().folder / "settings.json"
+    content = json.loads(kept.read_text())
+    for trained in content["train"].values():
+        del trained["augment_on"]
+    kept.write_text(json.dumps(content))
+    run_tiny(seeds=(0, 1))
+    content["train"] = {one: {**trained, "augment_on": "device"} for one, trained in content["train"].items()}
+    kept.write_text(json.dumps(content))
+    with pytest.raises(SettingsError, match=r"augment_on cpu \(was device\)"):
+        run_tiny()
+
+
 def test_a_comparison_can_be_added_to(stand_ins):
     run_tiny(label_fractions=(1.0,))
     result = run_tiny("voco,voco[region=full]", seeds=(0, 1))

@@ -222,6 +222,8 @@ def _refuse_changes(design: Design) -> None:
     if not path.is_file():
         return
     stored, wanted = read_json(path), design.kept()
+    # What an older autoseg had no setting for was done as its default does it.
+    stored["train"] = {one: {**dataclasses.asdict(TrainSettings()), **kept} for one, kept in stored["train"].items()}
     changed = []
     for key, value in wanted.items():
         if isinstance(value, dict):
