@@ -152,6 +152,7 @@ def pretrain(dataset: int | str, *, method: str, root: str | Path | None = None,
     from pretrain.catalog import entry
 
     entry(method)
+    import_quickly(TRAINER)
     from pretrain.loop import pretrain as run
 
     return run(dataset, method=method, **{**options, "init": _local(options.get("init"))})

@@ -41,7 +41,6 @@ from pretrain.checkpoint import (
 )
 from pretrain.encoders import build_segmentation_network, encoder_info, encoder_of
 from pretrain.fit import IMPORTED_SHARE, differences, fit, transfer_weights
-from pretrain.importers.reading import read_weights
 from pretrain.method import PretrainMethod, Stage, Target
 from pretrain.optimise import Phase, phases
 from pretrain.pools import build_pool
@@ -260,6 +259,8 @@ def _trial_export(run: Run) -> None:
 
 def _initialise(network: nn.Module, home: Dataset, target: Target, options: runs.Options, allow_partial: bool) -> str:
     """Fill the network from weights; returns their licence."""
+    from pretrain.importers.reading import read_weights  # brings timm, which most runs do without
+
     weights = read_weights(_init_source(home.name, str(options.init), options.plan_name, options.configuration))
     if weights.card is not None and not allow_partial:
         refuse_unfinished(weights.card, Path(str(options.init)))
@@ -277,6 +278,8 @@ def _initialise(network: nn.Module, home: Dataset, target: Target, options: runs
 
 def _plan_for(home: Dataset, init: str, plan_name: str, *, write: bool) -> tuple[dict, str]:
     """The plan and the configuration whose network the weights of `--init` fill, on the plan's own data."""
+    from pretrain.importers.reading import read_weights
+
     weights = read_weights(_init_source(home.name, init, plan_name, None))
     card = weights.card
     if card is not None and (card.dataset, card.plan_name) == (home.name, plan_name):
