@@ -22,10 +22,6 @@ class Benchmark:
     """Peak memory of ours over the reference's, at most."""
     against: str = "nnunet"
     """Whose code the reference is."""
-    small_goal: float | None = None
-    """What is asked on small data where half the goal cannot be reached; the row says why."""
-    slow: bool = False
-    """Whether even small data take too long for the quick tests."""
 
     def make(self, scale: Scale) -> Made:
         """What `benchmarks.measuring.opened` opens."""
@@ -38,28 +34,18 @@ CATALOG = {
     "image_separate_z": Benchmark("benchmarks.resampling:image_separate_z", 4, "the same, slices one by one", 0.6),
     "labels_3": Benchmark("benchmarks.resampling:labels_3", 25, "labels to a finer grid, 3 of them", 0.6),
     "labels_62": Benchmark("benchmarks.resampling:labels_62", 100, "labels to a finer grid, 62 of them", 0.6),
-    # Small slices are mostly boundary.
-    "labels_separate_z": Benchmark(
-        "benchmarks.resampling:labels_separate_z", 25, "62 labels, slices one by one", 0.6, small_goal=6
-    ),
+    "labels_separate_z": Benchmark("benchmarks.resampling:labels_separate_z", 25, "62 labels, slices one by one", 0.6),
     # A CT has voxels of exactly zero, each a hole to be filled, which both leave to SciPy.
     "crop": Benchmark("benchmarks.preprocessing:crop", 1, "crop to what is not zero"),
     "locations": Benchmark("benchmarks.preprocessing:locations", 2, "voxels to centre patches on"),
     "saving": Benchmark("benchmarks.preprocessing:saving", 5, "saving of a case"),
     "case_2": Benchmark("benchmarks.preprocessing:case_2", 6, "a case, files to files, 2 labels", 0.6),
     "case_62": Benchmark("benchmarks.preprocessing:case_62", 20, "a case, files to files, 62 labels", 0.6),
-    # nnU-Net starts workers that each import torch: half a minute even for four cases.
-    "hippocampus": Benchmark("benchmarks.commands:hippocampus", 3, "170 MR cases, command to command", slow=True),
+    "hippocampus": Benchmark("benchmarks.commands:hippocampus", 3, "170 MR cases, command to command"),
     "export_14": Benchmark("benchmarks.export:labels_14", 7, "logits of 14 classes to a mask", 0.1),
     "export_104": Benchmark("benchmarks.export:labels_104", 25, "logits of 104 classes to a mask", 0.1),
-    # On small data half of the voxels lie near a boundary, and there are only three heads to save.
-    "export_regions": Benchmark(
-        "benchmarks.export:regions_3", 7, "logits of 3 nested regions to a mask", 0.1, small_goal=2
-    ),
-    # The same, with six workers.
-    "folder_prediction": Benchmark(
-        "benchmarks.prediction:folder", 3, "folder of 2 scans to masks, toy network", slow=True
-    ),
+    "export_regions": Benchmark("benchmarks.export:regions_3", 7, "logits of 3 nested regions to a mask", 0.1),
+    "folder_prediction": Benchmark("benchmarks.prediction:folder", 3, "folder of 2 scans to masks, toy network"),
     "patches_2": Benchmark("benchmarks.training_data:patches_2", 1.5, "training patches, 2 labels"),
     "patches_60": Benchmark("benchmarks.training_data:patches_60", 4, "training patches, 60 labels"),
     "help": Benchmark("benchmarks.startup:help", 20, "help of training"),

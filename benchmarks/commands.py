@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.made_up_dataset import write_raw
 from benchmarks.measuring import Agreement, Duel, Scale
 from benchmarks.scans import data_folder
 from planners.files import read_json, write_json
@@ -19,15 +20,19 @@ AUTOSEG = (sys.executable, "-m", "autoseg")
 
 
 def hippocampus(scale: Scale) -> AbstractContextManager[Duel]:
-    """170 MR cases; small: 4 of them."""
-    return plan_and_preprocess(170 if scale is Scale.full else 4)
+    """170 MR cases; small: 4 made-up ones of their size."""
+    return plan_and_preprocess(170) if scale is Scale.full else _plan_and_preprocess(_write_made_up, 4)
+
+
+def plan_and_preprocess(cases: int) -> AbstractContextManager[Duel]:
+    """Raw hippocampus scans to preprocessed cases: verify, fingerprint, plan, preprocess; both with their own defaults."""
+    return _plan_and_preprocess(write_hippocampus, cases)
 
 
 @contextmanager
-def plan_and_preprocess(cases: int) -> Iterator[Duel]:
-    """Raw hippocampus scans to preprocessed cases: verify, fingerprint, plan, preprocess; both with their own defaults."""
+def _plan_and_preprocess(write: Callable[[str, int], None], cases: int) -> Iterator[Duel]:
     with TemporaryDirectory() as folder:
-        write_hippocampus(folder, cases)
+        write(folder, cases)
         places = {f"nnUNet_{name}": f"{folder}/{name}" for name in ("raw", "preprocessed", "results")}
         nnunet = [str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")), "-d", "4", "-c", "3d_fullres"]
         ours = [*AUTOSEG, "plan_and_preprocess", "-d", "4", "--root", folder]
@@ -50,6 +55,10 @@ def write_hippocampus(root: str, cases: int) -> None:
     _first_cases(data_folder("Task04_Hippocampus"), task, cases)
     convert = [*AUTOSEG, "convert", "msd", str(task), "-d", "4", "--root", root]
     subprocess.run(convert, check=True, capture_output=True)
+
+
+def _write_made_up(root: str, cases: int) -> None:
+    write_raw(Path(root) / "raw" / "Dataset004_MadeUp", cases, 2, (35, 50, 35))
 
 
 def _first_cases(task: Path, target: Path, cases: int) -> None:

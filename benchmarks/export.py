@@ -40,7 +40,8 @@ def probabilities_14(scale: Scale) -> Duel:
 
 def _export(scale: Scale, classes: int, *, regions: bool = False, probabilities: bool = False) -> Duel:
     labels = min(classes - 1, 62)
-    whole = real_ct(_NETWORK_MM, labels) if scale is Scale.full else made_up((48, 45, 51), labels)
+    few = (96, 90, 102) if regions else (48, 45, 51)  # with fewer voxels half lie near a boundary of nested regions
+    whole = real_ct(_NETWORK_MM, labels) if scale is Scale.full else made_up(few, labels)
     logits = _logits(whole.labels, classes, regions)
     if scale is Scale.small:
         logits = logits.float()  # of so few voxels, nnU-Net's rounding of half precision would change too many
