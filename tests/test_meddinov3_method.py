@@ -155,6 +155,13 @@ def test_cutting_adds_no_brightness():
     assert (made.min(), made.max()) == (0, 1)
 
 
+def test_cutting_smooths_what_is_too_fine_for_the_crop():
+    """A pattern of single pixels, a quarter as large, is grey, not another pattern."""
+    image = (np.indices((64, 64)).sum(0) % 2).astype(np.float32)[None]
+    made = cut(image, views.Box((1, 3), (60, 52)), 16)
+    assert np.abs(made - 0.5).max() < 0.1
+
+
 def test_changes_are_as_frequent_as_configured(monkeypatch):
     """meddinov3.md 6.1 (18): the published blur happens where it should not, 1 - p of the time."""
     info = scans_of("2d")["v0"].info

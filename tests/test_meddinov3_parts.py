@@ -23,7 +23,7 @@ from pretrain.methods.meddinov3.losses import (
     sinkhorn_shift,
     targets_of,
 )
-from pretrain.methods.meddinov3.masks import block_mask, masked_counts
+from pretrain.methods.meddinov3.masks import _add_block, block_mask, masked_counts
 from pretrain.methods.meddinov3.monitors import rank_me, spread, target_entropy, usage_entropy
 from tests.gathering import two_threads
 
@@ -72,6 +72,19 @@ def test_masks_come_in_blocks(seed):
         touching, total = touching + int((inner & beside).sum()), total + int(inner.sum())
     # Single patches at random have one with 1 - 0.7^4, about 0.75.
     assert touching / total > 0.95
+
+
+def test_blocks_are_of_all_shapes():
+    """6.1 (7): sides in a ratio of 0.3 to 1/0.3, as often flat as tall, seldom square."""
+    rng, ratios = np.random.default_rng(0), []
+    while len(ratios) < 300:
+        mask = np.zeros((40, 40), bool)
+        if _add_block(mask, 400, 400, rng):
+            height, width = (int(mask.any(axis).sum()) for axis in (1, 0))
+            ratios.append(math.log(height / width) / math.log(1 / 0.3))
+    assert -1.2 < min(ratios) < -0.8 and 0.8 < max(ratios) < 1.2  # sides are rounded
+    assert abs(np.mean(ratios)) < 0.1
+    assert np.std(ratios) == pytest.approx(1 / math.sqrt(3), rel=0.1)  # uniform between -1 and 1
 
 
 @pytest.mark.parametrize(("grid", "count"), [((2, 2), 2), ((1, 9), 4), ((7, 7), 0), ((4, 6), 24), ((3, 20), 1)])
@@ -261,6 +274,14 @@ def test_tokens_are_resized_in_their_grid():
     centres = torch.arange(16.0) * 2 + 0.5
     assert torch.allclose(rows[1:-1, 0], centres[1:-1], atol=1e-4)
     assert torch.allclose(columns[0, 1:-1], centres[1:-1], atol=1e-4)
+
+
+def test_tokens_are_resized_by_cubic_interpolation_without_a_filter():
+    """Halved, a token between two has 0.59375 of each and -0.09375 of the next ones: Keys' kernel with a = -0.75 at 1/2, 3/2."""
+    impulse = torch.zeros(1, 8, 1)
+    impulse[0, 3] = 1
+    found = resized_tokens(impulse.repeat(1, 2, 1), (2, 8), (2, 4))[0, :4, 0]
+    assert found.tolist() == pytest.approx([0, 0.59375, -0.09375, 0])
 
 
 def test_the_head_has_the_published_layers():
