@@ -277,7 +277,7 @@ def test_tokens_are_resized_in_their_grid():
 
 
 def test_tokens_are_resized_by_cubic_interpolation_without_a_filter():
-    """Halved, a token between two has 0.59375 of each and -0.09375 of the next ones: Keys' kernel with a = -0.75 at 1/2, 3/2."""
+    """Halved, a token between two has 0.59375 of each and -0.09375 of the next ones: Keys' kernel, a = -0.75."""
     impulse = torch.zeros(1, 8, 1)
     impulse[0, 3] = 1
     found = resized_tokens(impulse.repeat(1, 2, 1), (2, 8), (2, 4))[0, :4, 0]
