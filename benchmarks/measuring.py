@@ -83,8 +83,9 @@ class Outcome:
 
     @property
     def memory_ratio(self) -> float | None:
-        """Peak memory of ours over the reference's; None where the reference needs next to none, or nobody could tell."""
-        if self.reference.peak_bytes < _LEAST_MEMORY:
+        """Peak memory of ours over the reference's; None where either needs next to none, as where other processes work, or
+        nobody could tell."""
+        if min(self.reference.peak_bytes, self.ours.peak_bytes) < _LEAST_MEMORY:
             return None
         return self.ours.peak_bytes / self.reference.peak_bytes
 

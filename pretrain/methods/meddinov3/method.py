@@ -127,7 +127,7 @@ class MedDINOv3Pretraining(PretrainMethod):
             "hidden": 64,
             "bottleneck": 32,
             "centering": "sinkhorn",
-            "temperature": 0.02,
+            "temperature": 0.005,
             "momentum": 0.95,
             "late_momentum": 0.98,
             "rate": 5e-3,
