@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planners import paths
-from planners.deferred import PREDICTOR, TRAINER, import_quickly
+from planners.deferred import FABRIC, PREDICTOR, TRAINER, import_quickly
 from planners.errors import DatasetError, SettingsError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def pretrain(dataset: int | str, *, method: str, root: str | Path | None = None,
     from pretrain.catalog import entry
 
     entry(method)
-    import_quickly(TRAINER)
+    import_quickly(TRAINER, FABRIC)
     from pretrain.loop import pretrain as run
 
     return run(dataset, method=method, **{**options, "init": _local(options.get("init"))})

@@ -1,4 +1,4 @@
-"""nnU-Net's trainer and predictor imported without the libraries that few of their functions use.
+"""nnU-Net's trainer and predictor, and Fabric, imported without the libraries that few of their functions use.
 
 Most of the seconds before a training's first step, or a prediction's first scan, are imports: seaborn with scipy.stats and
 pandas for a plot, scikit-learn for a split, scikit-image for the transforms of a cascade, torch's compiler for a check of type.
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 TRAINER, PREDICTOR = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer", "nnunetv2.inference.predict_from_raw_data"
+FABRIC = "lightning_fabric"
 _RARELY_USED = (
     "SimpleITK",
     "matplotlib",
@@ -38,10 +39,11 @@ _RARELY_USED = (
 )
 
 
-def import_quickly(nnunet_module: str) -> None:
-    """Import a module of nnU-Net; those that import it afterwards find it loaded."""
+def import_quickly(*names: str) -> None:
+    """Import modules of nnU-Net or Fabric; those that import them afterwards find them loaded."""
     with deferred(_RARELY_USED):
-        importlib.import_module(nnunet_module)
+        for name in names:
+            importlib.import_module(name)
 
 
 @contextmanager

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from planners.errors import SettingsError
 from pretrain.method import MomentumPair, ParameterGroup, PretrainMethod, Stage, Step
+from pretrain.optimisers import SGD, Adam, AdamW
 
 
 @dataclass(frozen=True)

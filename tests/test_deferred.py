@@ -79,11 +79,13 @@ def test_a_failure_leaves_no_stand_in(package):
 
 
 @pytest.mark.parametrize(
-    ("nnunet", "ours"), [("TRAINER", "trainers.train"), ("PREDICTOR", "trainers.predict")], ids=["train", "predict"]
+    ("first", "ours"),
+    [("TRAINER", "trainers.train"), ("PREDICTOR", "trainers.predict"), ("TRAINER, FABRIC", "pretrain.loop")],
+    ids=["train", "predict", "pretrain"],
 )
-def test_the_commands_start_without_heavy_libraries(nnunet, ours):
+def test_the_commands_start_without_heavy_libraries(first, ours):
     program = (
-        f"import json, sys; from planners.deferred import {nnunet}, import_quickly; import_quickly({nnunet})\n"
+        f"import json, sys; from planners.deferred import {first}, import_quickly; import_quickly({first})\n"
         f"import {ours}; print(json.dumps(sorted(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -148,9 +148,8 @@ def test_the_second_stage_brings_similarities_back(course: Course) -> None:
 
 
 def test_a_decoder_finds_organs_in_frozen_features(course: Course) -> None:
-    """Check 8, its second half: two labelled scans, 200 steps, far above one organ everywhere; printed beside a new network's
-    features, which are no worse where organs are as small as patches. The first half, fewer epochs than from scratch, is
-    measured by `compare` (benchmarks/results)."""
+    """Check 8, its second half: two labelled scans, 200 steps, far above one organ everywhere. A new network's features keep
+    about as much. The first half, fewer epochs than from scratch, is what `compare` measures (benchmarks/results)."""
     found = {stage: dice_with_rested(course.after[stage], 200, range(2)) for stage in ("new", HIGH)}
     print(found)
     reached, everywhere = found[HIGH]

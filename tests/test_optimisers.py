@@ -1,4 +1,4 @@
-"""The trainer's optimisers are torch's."""
+"""The optimisers are torch's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from trainers.optimisers import SGD, AdamW
+from pretrain.optimisers import SGD, Adam, AdamW
 
-OPTIONS = {"AdamW": {"betas": (0.9, 0.98), "weight_decay": 0.05}, "SGD": {"momentum": 0.99, "nesterov": True}}
+OPTIONS = {
+    "Adam": {"amsgrad": True},
+    "AdamW": {"betas": (0.9, 0.98), "weight_decay": 0.05},
+    "SGD": {"momentum": 0.99, "nesterov": True},
+}
 
 
 def trained(kind, options) -> tuple[nn.Module, dict]:
@@ -33,7 +37,7 @@ def trained(kind, options) -> tuple[nn.Module, dict]:
     return network, optimizer.state_dict()
 
 
-@pytest.mark.parametrize("kind", [AdamW, SGD])
+@pytest.mark.parametrize("kind", [Adam, AdamW, SGD])
 def test_steps_and_state_are_those_of_torch(kind):
     name = kind.__name__
     ours, our_state = trained(kind, OPTIONS[name])
@@ -43,7 +47,7 @@ def test_steps_and_state_are_those_of_torch(kind):
     assert our_state["param_groups"] == their_state["param_groups"]
 
 
-@pytest.mark.parametrize("kind", [AdamW, SGD])
+@pytest.mark.parametrize("kind", [Adam, AdamW, SGD])
 def test_hooks_run_and_gradients_are_not_tracked(kind):
     seen = []
     parameter = nn.Parameter(torch.ones(2))
@@ -57,7 +61,7 @@ def test_hooks_run_and_gradients_are_not_tracked(kind):
 
 def test_a_step_needs_no_compiler():
     program = (
-        "import sys, torch; from trainers.optimisers import AdamW, SGD\n"
+        "import sys, torch; from pretrain.optimisers import AdamW, SGD\n"
         "for kind in (AdamW, SGD):\n"
         "    p = torch.nn.Parameter(torch.ones(2)); o = kind([p], lr=.1); p.sum().backward(); o.step(); o.zero_grad()\n"
         "    o.load_state_dict(o.state_dict())\n"

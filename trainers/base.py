@@ -32,13 +32,13 @@ from pretrain.encoders import encoder_of
 from pretrain.fit import transfer_weights
 from pretrain.importers.weights import Weights
 from pretrain.networks.registry import build_network, has_deep_supervision
+from pretrain.optimisers import SGD, AdamW
 from pretrain.transfer import TransferReport
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.data import SafeDataset, in_processes, label_subset, loader_workers, seed_all
 from trainers.device_augmentation import DeviceAugmentation
 from trainers.journal import Journal
 from trainers.label_names import class_names
-from trainers.optimisers import SGD, AdamW
 from trainers.patches import BoxLoader, PatchLoader, can_load
 from trainers.runs import BEST, FINAL, LATEST, options_of, run_folder_name
 from trainers.settings import KEYS, TrainSettings, learning_rate, resolve, validated

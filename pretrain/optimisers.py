@@ -1,7 +1,7 @@
 """torch's optimisers without what keeps its compiler from tracing them.
 
 torch wraps the methods of its optimisers so that a compiled function leaves them alone. The wrappers import the compiler at the
-first call, which takes almost as long as importing torch. nnU-Net compiles the network, never a step of the optimiser.
+first call, which takes almost as long as importing torch. Networks are compiled here, never a step of the optimiser.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ class _Unwrapped(torch.optim.Optimizer):
     load_state_dict = _inside(torch.optim.Optimizer.load_state_dict)
     state_dict = _inside(torch.optim.Optimizer.state_dict)
     zero_grad = _inside(torch.optim.Optimizer.zero_grad)
+
+
+class Adam(_Unwrapped, torch.optim.Adam):
+    """torch.optim.Adam, whose step is not differentiated."""
+
+    step = torch.no_grad()(_inside(torch.optim.Adam.step))
 
 
 class AdamW(_Unwrapped, torch.optim.AdamW):
