@@ -7,7 +7,7 @@ import pytest
 from benchmarks.catalog import CATALOG
 from benchmarks.measuring import Scale, compare, opened
 
-_ROUNDS = {"hippocampus": 1, "folder_prediction": 1, "first_step": 1}
+_ROUNDS = dict.fromkeys(("hippocampus", "folder_prediction", "first_step", "help", "wrong_argument"), 1)
 """Of nnU-Net's commands and workers, which take many seconds to start."""
 
 
