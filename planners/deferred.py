@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -39,6 +39,10 @@ _RARELY_USED = (
 )
 
 
+_in_place: dict[str, ModuleType] = {}
+"""Stand-ins by the name under which they can be imported just now."""
+
+
 def import_quickly(*names: str) -> None:
     """Import modules of nnU-Net or Fabric; those that import them afterwards find them loaded."""
     with deferred(_RARELY_USED):
@@ -54,11 +58,13 @@ def deferred(names: tuple[str, ...]) -> Iterator[None]:
     what `isinstance` asks for; a class cannot be derived from one.
     """
     stand_ins = {name: _Module(name) for name in names if name not in sys.modules}
+    _in_place.update(stand_ins)
     sys.modules.update(stand_ins)
     try:
         yield
     finally:
-        _take_out(stand_ins.values())
+        _take_out()
+        _in_place.clear()
 
 
 class _Module(ModuleType):
@@ -105,17 +111,17 @@ class _Member:
 @contextmanager
 def _real_modules() -> Iterator[None]:
     """Without stand-ins, should one be used while they are in place."""
-    hidden = _take_out([module for module in sys.modules.values() if isinstance(module, _Module)])
+    hidden = _take_out()
     try:
         yield
     finally:
-        for module in hidden:
-            sys.modules.setdefault(module.__name__, module)
+        for name in hidden:
+            sys.modules.setdefault(name, _in_place[name])
 
 
-def _take_out(stand_ins: Iterable[ModuleType]) -> list[ModuleType]:
-    """Those that were still there."""
-    found = [module for module in stand_ins if sys.modules.get(module.__name__) is module]
-    for module in found:
-        del sys.modules[module.__name__]
+def _take_out() -> list[str]:
+    """Names of the stand-ins that could still be imported, and no more can."""
+    found = [name for name, stand_in in _in_place.items() if sys.modules.get(name) is stand_in]
+    for name in found:
+        del sys.modules[name]
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -62,6 +63,33 @@ def test_use_within_the_block_reaches_the_real_thing(package):
     assert imported().found == 5
     assert sys.modules[NAME].Shape.sides == 4  # the real one stays loaded
     assert f"{NAME}.inner" not in sys.modules
+
+
+def test_use_in_one_thread_does_not_mind_imports_in_another(package):
+    importer, done, problems = imported(), threading.Event(), []
+
+    def use() -> None:
+        try:
+            while not done.is_set():
+                assert importer.area(2) == 2
+        except Exception as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=use)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    names = [f"{NAME}_{number}" for number in range(20_000)]
+    try:
+        for name in names:
+            sys.modules[name] = sys
+    finally:
+        sys.setswitchinterval(before)
+        done.set()
+        thread.join()
+        for name in names:
+            sys.modules.pop(name, None)
+    assert not problems
 
 
 def test_what_is_loaded_already_is_left_alone(package):
