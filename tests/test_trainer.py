@@ -256,6 +256,14 @@ def test_frozen_epochs_leave_the_encoder_as_it_came(tiny):
     assert all(torch.equal(tensor, trained[f"encoder.{name}"]) for name, tensor in module.state_dict().items())
 
 
+def test_the_run_of_an_encoder_alone_names_the_encoder_that_is_meant(tiny):
+    tiny_encoder(method="voco-long")
+    with pytest.raises(SettingsError, match=r"to fix +--pretrained voco-long$"):
+        prepare(901, pretrained="long", device="cpu")
+    with pytest.raises(SettingsError, match=r"to fix .*--method METHOD, or give the path"):
+        prepare(901, pretrained="short", device="cpu")
+
+
 def test_contradictions_about_the_encoder_are_refused(tiny):
     tiny_encoder()
     write_tiny_plan(tiny_plan(name="otherPlans"))

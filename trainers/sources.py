@@ -8,6 +8,7 @@ from pathlib import Path
 from planners.errors import PlanError, SettingsError
 from planners.paths import results
 from planners.plans import CPU_SUFFIX, load_plan, plan_hash
+from pretrain.catalog import METHODS
 from pretrain.checkpoint import CARD_NAME, EncoderCard, find_encoders, refuse_unfinished, refuse_untrained
 from pretrain.fit import IMPORTED_SHARE
 from pretrain.importers.weights import Weights
@@ -101,11 +102,15 @@ def _named(dataset_name: str, name: str, plan_name: str | None, configuration: s
             remedy="choose with -p and -c",
         )
     every = sorted((results(dataset_name) / "pretrained").glob(f"*/*/{CARD_NAME}"))
+    # A run that was called `long` is the encoder `voco-long`.
+    meant = sorted({p.parent.name for p in every if p.parent.name.partition("-")[2] == name})
+    method = name if name in METHODS else "METHOD"
     raise SettingsError(
         f"{dataset_name} has no encoder {name}"
         + (" for that plan and configuration" if plan_name or configuration else ""),
         found=", ".join(f"{p.parent.name} ({p.parent.parent.name})" for p in every) or "none at all",
-        remedy=f"autoseg pretrain -d {dataset_name} --method {name}, or give the path of an encoder",
+        remedy=" or ".join(f"--pretrained {one}" for one in meant)
+        or f"autoseg pretrain -d {dataset_name} --method {method}, or give the path of an encoder",
     )
 
 
