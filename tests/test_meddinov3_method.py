@@ -359,9 +359,19 @@ def test_few_slices_have_guard_rails(caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_long_runs_on_few_slices_are_told_how_many_steps_are_enough(caplog):
-    model(slices=6_000, batch=64, steps=100_000, gram_share=0.1, high_share=0.05)
-    assert "--steps 2200" in caplog.text  # 20 · 6000 / 64 · 1.15
+@pytest.mark.parametrize(
+    ("initialised", "steps", "advised"),
+    [
+        (True, 100_000, "--steps 2200"),  # 20 · 6000 / 64 · 1.15
+        (False, 100_000, "--steps 9700"),  # 90 · 6000 / 64 · 1.15
+        (False, 2_000, "--steps 9800"),  # rounded up
+        (False, 10_000, None),
+        (True, 2_000, None),
+    ],
+)
+def test_runs_are_told_how_often_each_slice_should_be_seen(caplog, initialised, steps, advised):
+    model(slices=6_000, batch=64, steps=steps, gram_share=0.1, high_share=0.05, initialised=initialised)
+    assert (advised in caplog.text) if advised else ("--steps" not in caplog.text)
 
 
 def test_prototypes_follow_the_size_and_the_number_of_slices():

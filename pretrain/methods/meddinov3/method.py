@@ -69,7 +69,9 @@ _CONFIGURATION = "2d_vit"
 _LARGE_AREA, _SMALL_AREA = (0.32, 1.0), (0.05, 0.32)
 _WANTED_SHOWN, _HOPELESS = 0.1, 0.05
 _FEW_TO_BEGIN, _FEW, _FEW_FOR_RATE = 500, 5_000, 50_000  # slices
-_PASSES = 20
+_PASSES, _PASSES_FROM_NEW = 20, 90
+"""How often each slice is seen. The former is the specification's, for weights that were trained before. From new ones 4 helped
+nothing on phantoms, 15 little, 88 much (benchmarks/results, check 8)."""
 _SMALL_BATCH = 32  # slices; below, the prototypes of a batch cannot be used equally
 _PATCHES_RATE = 0.2
 _LATER_LOCAL = 0.5  # weight of the small crops' term in later stages
@@ -515,7 +517,14 @@ def _advise(slices: int, config: MedDINOv3Config, initialised: bool) -> None:
         logger.warning(
             "%d slices are few for new weights: start from published ones (--init FILE of DINOv3 or MedDINOv3)", slices
         )
-    reached = config.steps * config.batch / (1 + config.gram_share + config.high_share) / slices
-    if reached > 3 * _PASSES and config.steps > 2_000:
-        fewer = max(2_000, round(config.steps * _PASSES / reached, -2))
-        logger.warning("These steps see every slice %.0f times; %d are enough (--steps %d)", reached, _PASSES, fewer)
+    passes = config.steps * config.batch / (1 + config.gram_share + config.high_share) / slices
+    enough = _PASSES if initialised else _PASSES_FROM_NEW
+    if passes > 3 * enough and config.steps > 2_000:
+        fewer = max(2_000, round(config.steps * enough / passes, -2))
+        logger.warning("These steps see every slice %.0f times; %d are enough (--steps %d)", passes, enough, fewer)
+    elif passes < _PASSES and not initialised:
+        more = math.ceil(config.steps * enough / passes / 100) * 100
+        logger.warning(
+            "These steps see every slice %.0f times, which shows that everything works; new weights that help training need "
+            "some %d (--steps %d)", passes, enough, more,
+        )  # fmt: skip
