@@ -308,6 +308,14 @@ def test_the_table_has_every_case_and_the_report_is_honest(stand_ins):
     assert str(paths.results(DATASET)) not in text
 
 
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [("voco", "without labels, 3 steps\n"), ("voco[steps=5]", "3 steps unless the arm says otherwise\n")],
+)
+def test_the_report_says_whose_steps_the_options_are(stand_ins, methods, said):
+    assert said in (run_tiny(methods, steps=3).folder / "comparison.md").read_text()
+
+
 def test_lines_of_a_log_say_one_thing_a_training(stand_ins, caplog):
     caplog.set_level("INFO", logger="autoseg")
     run_tiny()

@@ -164,6 +164,10 @@ def _markdown(design: Design, lines: Sequence[Line], failures: Mapping[str, str]
 
 
 def _facts(design: Design) -> dict[str, str]:
+    # What stands in an arm's brackets goes before the options of all.
+    shared = {f"{design.steps} steps": design.steps, f"preset {design.preset}": design.preset}
+    options = [text for text, given in shared.items() if given]
+    unless = any(name in ("steps", "preset") for arm in design.arms for name, _ in arm.options)
     facts = {
         "plan": f"{design.plan_name}, {', '.join(design.plans)}",
         "arms": ", ".join(arm.name for arm in design.arms),
@@ -172,7 +176,7 @@ def _facts(design: Design) -> dict[str, str]:
         "seeds": ", ".join(map(str, design.seeds)),
         "labels": ", ".join(map(percent, design.fractions)) + "; smaller sets are parts of larger ones, by seed",
         "pretraining": "once per arm and fold, on all scans but the fold's validation cases, without labels"
-        + (f", {design.steps} steps" if design.steps else "") + (f", preset {design.preset}" if design.preset else ""),
+        + "".join(f", {text}" for text in options) + (" unless the arm says otherwise" if options and unless else ""),
     }  # fmt: skip
     for name, settings in design.train.items():
         facts[f"training of every arm in {name}"] = (

@@ -70,8 +70,10 @@ _LARGE_AREA, _SMALL_AREA = (0.32, 1.0), (0.05, 0.32)
 _WANTED_SHOWN, _HOPELESS = 0.1, 0.05
 _FEW_TO_BEGIN, _FEW, _FEW_FOR_RATE = 500, 5_000, 50_000  # slices
 _PASSES, _PASSES_FROM_NEW = 20, 90
-"""How often each slice is seen. The former is the specification's, for weights that were trained before. From new ones 4 helped
-nothing on phantoms, 15 little, 88 much (benchmarks/results, check 8)."""
+"""How often each slice is seen; the former is the specification's, for weights that were trained before."""
+_STEPS_FROM_NEW, _STEPS_MEASURED = 4_000, 9_000
+"""On phantoms 400 steps from new weights did nothing for training, 1,000 little, and 9,000, 90 views of each slice, halved the
+epochs to a Dice: benchmarks/results/2026-11-29_meddinov3_longer.md."""
 _SMALL_BATCH = 32  # slices; below, the prototypes of a batch cannot be used equally
 _PATCHES_RATE = 0.2
 _LATER_LOCAL = 0.5  # weight of the small crops' term in later stages
@@ -522,9 +524,8 @@ def _advise(slices: int, config: MedDINOv3Config, initialised: bool) -> None:
     if passes > 3 * enough and config.steps > 2_000:
         fewer = max(2_000, round(config.steps * enough / passes, -2))
         logger.warning("These steps see every slice %.0f times; %d are enough (--steps %d)", passes, enough, fewer)
-    elif passes < _PASSES and not initialised:
-        more = math.ceil(config.steps * enough / passes / 100) * 100
+    if config.steps < _STEPS_FROM_NEW and not initialised:
         logger.warning(
-            "These steps see every slice %.0f times, which shows that everything works; new weights that help training need "
-            "some %d (--steps %d)", passes, enough, more,
+            "%d steps show that everything works; new weights that help training take thousands (--steps %d)",
+            config.steps, _STEPS_MEASURED,
         )  # fmt: skip
