@@ -60,8 +60,8 @@ def cached(scale: Scale) -> Made:
 @contextmanager
 def _duel(scale: Scale, load: Callable[[Path, tuple[int, ...]], np.ndarray]) -> Iterator[Duel]:
     full = scale is Scale.full
-    scan = real_ct(0.8) if full else made_up((114, 189, 210))
-    crop, shape = ((64, 96, 96), (96, 384, 384)) if full else ((32, 48, 48), (48, 192, 192))
+    scan = real_ct(0.8) if full else made_up((140, 230, 250))
+    crop, shape = ((64, 96, 96), (96, 384, 384)) if full else ((48, 64, 64), (72, 256, 256))
     spec = VoCoSpec(Layout(crop, _GRID, whole=False, upsampling=1.0), scan.spacing, 2, 4, mirror=0, turn=0, shift=0)
     with TemporaryDirectory() as name:
         folder = Path(name)
