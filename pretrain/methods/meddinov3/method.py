@@ -72,8 +72,8 @@ _FEW_TO_BEGIN, _FEW, _FEW_FOR_RATE = 500, 5_000, 50_000  # slices
 _PASSES, _PASSES_FROM_NEW = 20, 90
 """How often each slice is seen; the former is the specification's, for weights that were trained before."""
 _STEPS_FROM_NEW, _STEPS_MEASURED = 4_000, 9_000
-"""On phantoms 400 steps from new weights did nothing for training, 1,000 little, and 9,000, 90 views of each slice, halved the
-epochs to a Dice: benchmarks/results/2026-11-29_meddinov3_longer.md."""
+"""On phantoms 400 steps from new weights did nothing for training, 1,000 little, and 9,000, 90 views of each slice, saved a
+third of the epochs to a Dice: benchmarks/results/2026-11-29_meddinov3_longer.md."""
 _SMALL_BATCH = 32  # slices; below, the prototypes of a batch cannot be used equally
 _PATCHES_RATE = 0.2
 _LATER_LOCAL = 0.5  # weight of the small crops' term in later stages
