@@ -37,7 +37,7 @@ def configure(root: str | Path | None = None) -> Root:
 
     Assigns nnU-Net's variables; folders are made when first written to.
     """
-    # nnU-Net loads checkpoints with weights_only=False, which runs what they ask for; torch then refuses, in children too.
+    # nnU-Net's own calls of torch.load run what a checkpoint asks for; with this torch refuses, in child processes too.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.setdefault("nnUNet_def_n_proc", "1")  # frozen when nnunetv2 is imported; our own code sizes its workers
     chosen, origin = root, "--root"

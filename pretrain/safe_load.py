@@ -55,6 +55,7 @@ def load_torch(
     except pickle.UnpicklingError as error:
         if "Unsupported" not in str(error) and "global" not in str(error).lower():
             raise _broken(path, what, error, remedy) from error
+        # The remedy is printed, never run: only its reader can know who made the file, and needs a way to its tensors then.
         raise UnsafeFile(
             f"The {what} asks for code to be run; nothing of it was",
             where=path,
